@@ -11,12 +11,14 @@ edited = model.apply(result.delta)
 import dataclasses
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from locft_jax.config import Config, config_to_dict
 from locft_jax.data.capability import CapabilityItem
 from locft_jax.data.requests import EditData, EditRequest, requests_from_records
+from locft_jax.editing.checkpoint import Checkpoints
 from locft_jax.editing.pipeline import StepRecord
 from locft_jax.editing.run import choose_site, encode_requests, run_edit
 from locft_jax.evaluation.metrics import make_probes, unreachable
@@ -25,17 +27,21 @@ from locft_jax.evaluation.run import (
     Asked,
     agreement,
     ask,
+    by_batch,
     counts,
     figures,
     later_guesses,
     predictions,
     prepare,
 )
-from locft_jax.export import versions
 from locft_jax.model.delta import Delta, make_delta
 from locft_jax.model.hf import Model, to_checkpoint_dtype
 from locft_jax.model.weights import take_tensor
 from locft_jax.progress import Bar
+from locft_jax.versions import versions
+
+# Keys that say nothing about the tensors of a delta: the same edit is the same bytes whatever they are.
+UNTOLD = ("save_model_dir", "device", "memory_budget", "checkpoint_every", "export")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,25 +69,26 @@ def edit(
     config: Config | None = None,
     capability: Sequence[CapabilityItem] = (),
     *,
+    start: Mapping[str, Any] | None = None,
+    checkpoints: Checkpoints | None = None,
     show: bool = False,
     on_step: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> EditResult:
     """Edit facts into a model by LocFT-BF and measure it before and after. Pure: `model` is not
     changed. Edits that it carries already stay, and are part of the new delta.
 
-    Raises UserError for wrong input and FloatingPointError for a loss that is not finite.
+    `start`: values for the site's tensors to begin with (HF name -> matrix), such as an earlier
+    delta's `new`; `checkpoints`: where the run's state is kept, and where it goes on if it was
+    interrupted.
+
+    Raises UserError for wrong input, FloatingPointError for a loss that is not finite, and
+    Interrupted (a KeyboardInterrupt) when `checkpoints` was asked to stop.
     """
     config = config or Config()
     data = as_data(requests, config)
     site = choose_site(model.spec, config)
     corpus = encode_requests(model.tokenizer, data.requests, config, model.spec.max_position)
-    seconds: dict[str, float | None] = {
-        "load": None,
-        "before": None,
-        "edit": None,
-        "after": None,
-        "export": None,
-    }
+    seconds: dict[str, float | None] = dict.fromkeys(("load", "before", "edit", "after", "export"))
 
     asked = before = after = None
     if config.evaluate:
@@ -90,21 +97,28 @@ def edit(
         # The site's own tensors as edits: the same compiled code then serves before and after.
         own = {n: take_tensor(model.spec, model.weights, n) for n in site}
         unedited = model.with_edits({**own, **model.edits}).edits
-        before = _ask(model, unedited, asked, None, config, "before", seconds, show)
+        kept = checkpoints and checkpoints.kept_before()
+        if kept:
+            before, seconds["before"] = Answers(**kept["answers"]), kept["seconds"]
+        else:
+            before = _ask(model, unedited, asked, None, config, "before", seconds, show)
+            if checkpoints is not None:
+                kept = {"answers": dataclasses.asdict(before), "seconds": seconds["before"]}
+                checkpoints.keep_before(kept)
 
     steps: list[dict[str, Any]] = []
     per_epoch = -(-len(corpus) // config.batch_size)
-    begin = time.monotonic()
     with Bar("editing", per_epoch * config.num_steps, show) as bar:
 
         def record(line: StepRecord) -> None:
             steps.append(dataclasses.asdict(line))
+            if checkpoints is not None and checkpoints.resumed and line.step <= checkpoints.resumed[-1]:
+                return bar.skip()  # made by an earlier process
             on_step(steps[-1])
-            done = sum(s["examples"] for s in steps[-100:]) if len(steps) <= 100 else None
-            rate = (line.step * config.batch_size if done is None else done) / (time.monotonic() - begin)
+            rate = bar.rate() * len(corpus) / per_epoch
             bar.advance(1, f"epoch {line.epoch + 1}, loss {line.loss:.4f}, {rate:.0f} edits/s")
 
-        done = run_edit(model, corpus, site, config, record)
+        done = run_edit(model, corpus, site, config, record, start, checkpoints)
     seconds["edit"] = done.seconds
 
     edited = model.with_edits(done.tensors)
@@ -116,14 +130,27 @@ def edit(
         model.checkpoint,
         {**to_checkpoint_dtype(model.checkpoint, model.edits), **done.tensors},
         {
-            "config": {k: v for k, v in config_to_dict(config).items() if k != "save_model_dir"},
+            "config": {k: v for k, v in config_to_dict(config).items() if k not in UNTOLD},
             "data_sha256": data.sha256,
             "edits": len(data.requests),
             "versions": versions(),
         },
     )
+    report |= {
+        "batches": _batches(data, asked, after),
+        "fingerprint": delta.metadata["fingerprint"],
+        "resumed": checkpoints.resumed if checkpoints is not None else [],
+    }
     lines = predictions(asked, before, after) if asked is not None else []
     return EditResult(delta, report, steps, lines, edited)
+
+
+def _batches(data: EditData, asked: Asked | None, after: Answers | None) -> list[dict[str, Any]]:
+    """Edits that came together (data/streaming.py; a plain run has one batch), and how they do."""
+    sizes = Counter(r.batch for r in data.requests)
+    count = 1 + max(sizes)
+    rates = by_batch(asked, after, count) if asked and after else [{"reliability": None}] * count
+    return [{"batch": b, "edits": sizes[b], **rates[b]} for b in range(count)]
 
 
 def evaluate(
@@ -197,7 +224,7 @@ def _report(
         "unreachable_targets": sum(unreachable(r.target_new) for r in data.requests),
         "boundary_merges": done.boundary_merges,
         "epochs_run": len(outcome.epoch_losses),
-        "steps_run": outcome.steps,
+        "steps_run": len(outcome.records),
         "stopped": outcome.stopped,
         "epoch_losses": outcome.epoch_losses,
         "before": figures(asked, before) if asked and before else nothing,
@@ -208,7 +235,7 @@ def _report(
         "probes": counts(asked) if asked else {},
         "seconds": seconds,
         "seconds_per_edit": done.seconds / len(data.requests),
-        "tokens_per_second": outcome.tokens / done.seconds,
+        "tokens_per_second": sum(r.tokens for r in outcome.records) / done.seconds,
         "devices": [f"{d.platform} {d.device_kind}" for d in model.mesh.devices.flat],
         "mesh": dict(model.mesh.shape),
         "dtype": str(model.dtype),

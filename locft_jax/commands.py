@@ -23,7 +23,7 @@ def run_command(main: Callable[[list[str] | None], None], argv: list[str] | None
     except (FloatingPointError, OSError, MemoryError) as e:
         print(f"failed: {str(e) or type(e).__name__}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(f"interrupted: {str(e) or 'nothing was written'}", file=sys.stderr)
         return 1
     return 0

@@ -27,7 +27,6 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     "method": ("ft-m",),
     "weights": ("checkpoint", "float32", "bfloat16"),
     "eval_every": (None,),
-    "checkpoint_every": ("10m",),
     "preserve": ("none",),
     "preserve_strength": (None,),
     "preserve_data": (None,),
@@ -75,7 +74,7 @@ class Config:
     eval_sample: int | None = None  # probes of each kind; None = all
     eval_every: int | None = None  # epochs; None = never
     capability_data: tuple[str, ...] = ()  # files
-    checkpoint_every: str = "10m"
+    checkpoint_every: str = "10m"  # minutes (10m), or steps (200)
     export: tuple[str, ...] = ("hf", "delta", "orbax")
     preserve: str = "none"
     preserve_strength: float | None = None
@@ -98,16 +97,19 @@ class Config:
         return name or "model"
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """The `Config` of a YAML file (None: defaults) with `key=value` overrides, later ones winning.
+def load_config(
+    path: str | Path | None, overrides: Sequence[str] = (), earlier: Mapping[str, Any] | None = None
+) -> Config:
+    """The `Config` of a YAML file (None: defaults, or the keys of an `earlier` run) with `key=value`
+    overrides, later ones winning.
 
     The bundled demo's file is read when neither `path` nor a model is given, and only then.
     Prints a note for a key that is accepted but ignored. Raises `UserError`.
     """
     changes = [split_override(text) for text in overrides]
-    if path is None and all(key != "model_name_or_path" for key, _ in changes):
+    if path is None and earlier is None and all(key != "model_name_or_path" for key, _ in changes):
         path = DEMO_CONFIG
-    values = _checked_all(read_yaml(path), str(path)) if path is not None else {}
+    values = dict(earlier or {}) if path is None else _checked_all(read_yaml(path), str(path))
     for key, value in changes:
         values |= _checked_all({key: value}, "--set")
     if not values.get("model_name_or_path"):
@@ -189,6 +191,15 @@ def _switch(value: Any) -> bool:
     if str(value).lower() not in _SWITCHES:
         raise ValueError
     return _SWITCHES[str(value).lower()]
+
+
+def _every(value: Any) -> str:
+    text = str(operator.index(value)) if isinstance(value, int) else str(value).replace(" ", "")
+    if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,9}|[0-9]{1,6}(\.[0-9]{1,3})?m(in)?", text):
+        raise ValueError
+    if not float(text.rstrip("min")):
+        raise ValueError
+    return text.removesuffix("in") if text.endswith("in") else text
 
 
 def _mesh(value: Any) -> dict[str, int]:
@@ -301,7 +312,7 @@ _RULES: dict[str, _Rule] = {
     "eval_sample": _optional(_whole(1)),
     "eval_every": _optional(_whole(1)),
     "capability_data": _any_number(_PATH),
-    "checkpoint_every": _TEXT,
+    "checkpoint_every": _Rule("minutes such as 10m, or a number of steps", _every),
     "export": _any_number(_choice("hf", "delta", "orbax")),
     "preserve": _TEXT,
     "preserve_strength": _optional(_real(0)),

@@ -1,6 +1,7 @@
 """Edit facts into a language model: `python -m locft_jax.edit [CONFIG.yaml] [--set key=value ...]`.
 
-With neither a config nor a model the bundled demo runs.
+With neither a config nor a model the bundled demo runs. `--resume` goes on with a run that was
+interrupted; `--continue-from` adds new edits to those of a finished run.
 """
 
 import argparse
@@ -15,9 +16,12 @@ from locft_jax.commands import run_command
 from locft_jax.config import load_config
 from locft_jax.data.capability import read_capability
 from locft_jax.data.requests import read_requests
-from locft_jax.editing.run import choose_site, encode_requests
+from locft_jax.data.streaming import extend, read_earlier, streaming_report, to_record
+from locft_jax.editing.checkpoint import describe_run, finished, guarded, open_run
+from locft_jax.editing.run import choose_site, encode_requests, last_delta
 from locft_jax.errors import UserError
 from locft_jax.evaluation.report import print_report
+from locft_jax.files import whole_folder, write_json, write_jsonl
 from locft_jax.model.delta import save_delta
 from locft_jax.model.hf import load_opened, load_tokenizer, open_checkpoint, save_hf
 from locft_jax.model.sharding import make_mesh
@@ -25,54 +29,78 @@ from locft_jax.model.sharding import make_mesh
 
 def main(argv: list[str] | None = None) -> None:
     """config -> data -> model -> editing -> evaluation -> export."""
-    parser = argparse.ArgumentParser(prog="python -m locft_jax.edit", description=__doc__)
-    parser.add_argument("config", nargs="?", help="YAML file; without it and without a model: the demo")
-    parser.add_argument(
-        "--set", action="append", default=[], nargs="+", metavar="key=value", help="override a key"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="folder for the results (default: save_model_dir, else runs/NAME)"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an existing --out when the run is done"
-    )
-    args = parser.parse_args(argv)
-    config = load_config(args.config, [pair for group in args.set for pair in group])
+    args = parse(argv)
+    earlier = read_earlier(args.continue_from) if args.continue_from else None
+    config = load_config(args.config, args.pairs, earlier.settings if earlier else None)
     out = args.out or Path(config.save_model_dir or f"runs/{config.name}")
     console = Console(markup=False, emoji=False)
 
     # Everything that can be wrong is looked at before any weight is loaded.
-    export.check_out(out, args.overwrite)
+    export.check_out(out, args.overwrite, args.resume)
     if config.data_path is None:
         raise UserError("data_path: no edits given; set data_path to a file of edits (JSON, JSONL or CSV)")
     data = read_requests(config.data_path, config.num_edits, config.on_conflict)
+    data = extend(earlier, data) if earlier else data
     capability = read_capability(config.capability_data) if config.capability_data else []
     checkpoint = open_checkpoint(config.model_name_or_path)
     tokenizer = load_tokenizer(checkpoint)
     mesh = make_mesh(config.mesh)
     site = choose_site(checkpoint.spec, config)
     encode_requests(tokenizer, data.requests, config, checkpoint.spec.max_position)
+    start = last_delta(earlier.folder, checkpoint, site) if earlier and args.start_from == "last" else None
+    run = describe_run(config, data, capability, checkpoint, site, mesh, start)
+    if args.resume and finished(out, run):
+        return console.print(f"{out}/ holds this run, finished: nothing to resume")
+    checkpoints = open_run(out, config.checkpoint_every, run, args.resume)
     console.print(f"{len(data.requests)} edits, {len(site)} tensor(s) from {site[0]} on")
 
-    begin = time.monotonic()
-    model = load_opened(checkpoint, tokenizer, mesh, config.weights)
-    loaded = time.monotonic() - begin
-    result = api.edit(model, data, config, capability, show=True)
-
-    begin = time.monotonic()
-    with export.whole_folder(out) as folder:
-        if "delta" in config.export:
-            save_delta(result.delta, folder / "delta.safetensors")
-        if "hf" in config.export:
-            save_hf(checkpoint, result.delta.new, folder / "hf")
-        if "orbax" in config.export:
-            export.save_orbax(checkpoint, result.delta.new, folder / "orbax")
-        export.write_jsonl(folder / "steps.jsonl", result.steps)
-        export.write_jsonl(folder / "predictions.jsonl", result.predictions)
-        result.report["seconds"] |= {"load": loaded, "export": time.monotonic() - begin}
-        export.write_json(folder / "report.json", result.report)
+    with guarded(checkpoints):
+        begin = time.monotonic()
+        model = load_opened(checkpoint, tokenizer, mesh, config.weights)
+        loaded = time.monotonic() - begin
+        values = start.new if start else None
+        result = api.edit(model, data, config, capability, start=values, checkpoints=checkpoints, show=True)
+        begin = time.monotonic()
+        with whole_folder(out) as folder:
+            if "delta" in config.export:
+                save_delta(result.delta, folder / "delta.safetensors")
+            if "hf" in config.export:
+                save_hf(checkpoint, result.delta.new, folder / "hf")
+            if "orbax" in config.export:
+                export.save_orbax(checkpoint, result.delta.new, folder / "orbax")
+            write_jsonl(folder / "edits.jsonl", map(to_record, data.requests))
+            write_jsonl(folder / "steps.jsonl", result.steps)
+            write_jsonl(folder / "predictions.jsonl", result.predictions)
+            result.report["seconds"] |= {"load": loaded, "export": time.monotonic() - begin}
+            if earlier:
+                batches = result.report["batches"]
+                result.report["streaming"] = streaming_report(earlier, batches, args.start_from)
+            write_json(folder / "report.json", result.report)
+            if args.keep_checkpoint:
+                checkpoints.move(folder / "checkpoint")
     print_report(result.report, result.predictions, console)
     console.print(f"written to {out}/: " + ", ".join(sorted(p.name for p in out.iterdir())))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; `pairs` are its key=value overrides."""
+    parser = argparse.ArgumentParser(prog="python -m locft_jax.edit", description=__doc__)
+    add = parser.add_argument
+    add("config", nargs="?", help="YAML file; without it and without a model: the demo")
+    add("--set", action="append", default=[], nargs="+", metavar="key=value", help="override a key")
+    add("--out", type=Path, help="folder for the results (default: save_model_dir, else runs/NAME)")
+    add("--overwrite", action="store_true", help="replace an existing --out when the run is done")
+    add("--resume", action="store_true", help="go on with the interrupted run in --out, if there is one")
+    add("--keep-checkpoint", action="store_true", help="leave the last checkpoint in --out when done")
+    add("--continue-from", type=Path, metavar="OUT", help="add the edits to those of a finished run; its "
+        "settings are the defaults, and all edits are trained together")  # fmt: skip
+    add("--start-from", choices=("base", "last"), default="base", help="with --continue-from: train from "
+        "the base weights (default), or from where that run ended")  # fmt: skip
+    args = parser.parse_args(argv)
+    args.pairs = [pair for group in args.set for pair in group]
+    if args.start_from == "last" and not args.continue_from:
+        raise UserError("--start-from last: say which run it is with --continue-from OUT")
+    return args
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from locft_jax.config import load_config
 from locft_jax.data.capability import read_capability
 from locft_jax.data.requests import read_requests
 from locft_jax.evaluation.report import plain
+from locft_jax.files import write_whole_json
 from locft_jax.model.delta import check_delta, load_delta
 from locft_jax.model.hf import load_opened, load_tokenizer, open_checkpoint
 from locft_jax.model.sharding import make_mesh
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
             table.add_row(key, f"{100 * value:.1f} %")
     Console().print(table)
     if args.out:
-        export.write_whole_json(args.out, {"model": args.model, **report, "predictions": lines})
+        write_whole_json(args.out, {"model": args.model, **report, "predictions": lines})
 
 
 if __name__ == "__main__":

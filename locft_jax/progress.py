@@ -9,11 +9,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 LINE_EVERY = 10.0  # seconds between plain lines
 
 
+def say(text: str) -> None:
+    """A note that a run gives on its way."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
 class Bar:
     """`with Bar("editing", total) as bar: bar.advance(n, "loss 0.1")`; quiet when `show` is false."""
 
     def __init__(self, label: str, total: int, show: bool = True) -> None:
-        self.label, self.total, self.done = label, max(1, total), 0
+        self.label, self.total, self.done, self.skipped = label, max(1, total), 0, 0
         self.begin = self.said = time.monotonic()
         self.tty = show and sys.stderr.isatty()
         self.plain = show and not self.tty
@@ -35,6 +40,16 @@ class Bar:
             self.bar.start()
         return self
 
+    def skip(self, count: int = 1) -> None:
+        """`count` units were done earlier: they count as done, but not for the rate."""
+        self.done, self.skipped = self.done + count, self.skipped + count
+        if self.tty:
+            self.bar.update(self.task, completed=self.done)
+
+    def rate(self) -> float:
+        """Units a second so far."""
+        return (self.done - self.skipped) / max(1e-9, time.monotonic() - self.begin)
+
     def advance(self, count: int = 1, note: str = "") -> None:
         """`count` more units are done; `note` stands behind the bar."""
         self.done += count
@@ -43,7 +58,7 @@ class Bar:
             self.bar.update(self.task, advance=count, note=note)
         elif self.plain and now - self.said >= LINE_EVERY:
             self.said = now
-            left = (now - self.begin) / max(1, self.done) * (self.total - self.done)
+            left = (self.total - self.done) / max(1e-9, self.rate())
             share = 100 * self.done // self.total
             print(
                 f"{self.label}: {self.done}/{self.total} ({share} %)  {left:.0f} s left  {note}",

@@ -60,6 +60,7 @@ class EditRequest:
     rephrases: tuple[str, ...] = ()  # generalization probes: prompts that target_new answers too
     locality: tuple[Probe, ...] = ()  # the answers to these should not change
     portability: tuple[Probe, ...] = ()  # what follows from the edit
+    batch: int = 0  # the how-manieth arrival it came with (data/streaming.py)
 
 
 @dataclass(frozen=True)

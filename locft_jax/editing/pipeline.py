@@ -6,11 +6,12 @@ dispatched before the loss of the one before it is read.
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ from locft_jax.model.weights import Edits, Weights
 
 
 class NonFiniteLoss(FloatingPointError):
-    """A loss was NaN or infinite; the message names epoch and step."""
+    """A loss was NaN or infinite; the message names epoch, step and batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +59,8 @@ class Outcome:
 
     state: EditState
     epoch_losses: list[float]
-    steps: int
+    records: list[StepRecord]  # of every step
     stopped: str  # "loss_floor" | "epochs"
-    tokens: int
 
 
 def place_batch(batch: Batch, mesh: Mesh) -> Batch:
@@ -117,6 +117,16 @@ def ahead(items: Iterator[Any], depth: int = 2) -> Generator[Any, None, None]:
         thread.join()
 
 
+class Keeper(Protocol):
+    """Who keeps the state of a running loop (editing/checkpoint.py)."""
+
+    def due(self, step: int) -> bool:
+        """Whether the state after `step` steps is to be saved."""
+
+    def save(self, state: EditState, records: Sequence[StepRecord]) -> None:
+        """Save it; the state is donated to the next step when this returns."""
+
+
 def breadth_first(
     spec: ModelSpec,
     weights: Weights,
@@ -128,62 +138,74 @@ def breadth_first(
     on_step: Callable[[StepRecord], None] = lambda record: None,
     shape: Shape | None = None,
     base: Edits = {},  # noqa: B006 (never written to)
+    done: Sequence[StepRecord] = (),
+    keeper: Keeper | None = None,
 ) -> Outcome:
     """LocFT-BF's loop (method.md, Training): at most `epochs` shuffled passes in mini-batches; stops
     when an epoch's mean loss (by example, skipped batches included) falls below the floor.
 
     `state` is consumed (donated). `shape` overrides `run_shape` (a larger one gives the same result);
-    `base`: edits that the model already carries.
-    Raises NonFiniteLoss naming epoch and step.
+    `base`: edits that the model already carries; `done`: the steps that led to `state`, in a run that
+    goes on; `keeper` is given the state whenever it says that it is due.
+    Raises NonFiniteLoss naming epoch, step and batch.
     """
     shape = shape or run_shape(corpus, schedule, mesh)
     everywhere = replicated(mesh)
     hyper = jax.device_put(schedule.hyper, everywhere)
     # Counts begin where a step leaves them: elsewhere, the second step would compile anew.
     state = jax.tree.map(lambda a: a if a.ndim else jax.device_put(a, everywhere), state)
+    per_epoch = -(-len(corpus) // schedule.batch_size)
+    floor = schedule.hyper.loss_floor
 
-    def prepare() -> Iterator[tuple[int, int, int, Any, Batch]]:
-        for epoch in range(schedule.epochs):
-            for which in _epoch(corpus, schedule, epoch):
+    def prepare() -> Iterator[tuple[np.ndarray, Any, Batch]]:
+        first = len(done) // per_epoch
+        for epoch in range(first, schedule.epochs):
+            made = len(done) % per_epoch if epoch == first else 0
+            for which in itertools.islice(_epoch(corpus, schedule, epoch), made, None):
                 batch = pack(corpus, which, shape, schedule.average)
                 assert batch is not None, "run_shape saw every batch"
                 array, batch = source.feed(batch)
-                array = jax.device_put(array, everywhere)
-                yield epoch, len(which), int(corpus.lengths[which].sum()), array, place_batch(batch, mesh)
+                yield which, jax.device_put(array, everywhere), place_batch(batch, mesh)
 
-    floor = schedule.hyper.loss_floor
-    epoch_losses: list[float] = []
-    open_step: tuple[int, int, int, int, jax.Array] | None = None
-    total = weighted = 0.0
-    steps = tokens = 0
+    records = list(done)
+    pending: tuple[np.ndarray, jax.Array] | None = None
 
-    def read(pending: tuple[int, int, int, int, jax.Array]) -> float:
-        epoch, number, examples, count, loss = pending
-        value = float(jax.device_get(loss))
+    def read() -> None:
+        """Wait for the loss of the step that was dispatched last, and record it."""
+        nonlocal pending
+        if pending is None:
+            return
+        (which, loss), pending = pending, None
+        epoch, value = len(records) // per_epoch, float(jax.device_get(loss))
         if not math.isfinite(value):
             raise NonFiniteLoss(
-                f"the loss is {value} in epoch {epoch + 1}, step {number}; "
+                f"the loss is {value} in epoch {epoch + 1}, step {len(records) + 1}, over the edits "
+                f"{', '.join(map(str, which[:8]))}{', ...' if len(which) > 8 else ''} (counted from 0); "
                 "a smaller lr, or weights and data without NaN or infinity, would be right"
             )
-        on_step(StepRecord(epoch, number, value, value < floor, examples, count))
-        return value * examples
+        tokens = int(corpus.lengths[which].sum())
+        record = StepRecord(epoch, len(records) + 1, value, value < floor, len(which), tokens)
+        records.append(record)
+        on_step(record)
 
     with contextlib.closing(ahead(prepare())) as batches:
-        for epoch, examples, count, array, batch in batches:
-            if open_step is not None and open_step[0] != epoch:
-                weighted += read(open_step)
-                open_step = None
-                epoch_losses.append(weighted / total)
-                if epoch_losses[-1] < floor:
+        for step, (which, array, batch) in enumerate(batches, len(done) + 1):
+            if step > 1 and (step - 1) % per_epoch == 0:  # the first of another epoch
+                read()
+                if mean_loss(records[-per_epoch:]) < floor:
                     break
-                total = weighted = 0.0
             state, loss = train_step(spec, source.layer, hyper, state, weights, base, array, batch)
-            if open_step is not None:
-                weighted += read(open_step)
-            steps, tokens, total = steps + 1, tokens + count, total + examples
-            open_step = (epoch, steps, examples, count, loss)
-    if open_step is not None:
-        weighted += read(open_step)
-        epoch_losses.append(weighted / total)
-    stopped = "loss_floor" if epoch_losses and epoch_losses[-1] < floor else "epochs"
-    return Outcome(state, epoch_losses, steps, stopped, tokens)
+            read()  # of the step before: the device is busy with this one
+            pending = which, loss
+            if keeper is not None and keeper.due(step):
+                read()
+                keeper.save(state, records)
+    read()
+    losses = [mean_loss(records[i : i + per_epoch]) for i in range(0, len(records), per_epoch)]
+    stopped = "loss_floor" if losses and losses[-1] < floor else "epochs"
+    return Outcome(state, losses, records, stopped)
+
+
+def mean_loss(records: Sequence[StepRecord]) -> float:
+    """Mean loss by example of an epoch's steps, skipped ones included (nats)."""
+    return sum(r.loss * r.examples for r in records) / sum(r.examples for r in records)

@@ -3,7 +3,8 @@
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,12 +12,14 @@ import numpy as np
 from locft_jax.config import Config, resolve_layers
 from locft_jax.data.requests import EditRequest
 from locft_jax.data.tokens import Corpus, encode_pairs
+from locft_jax.editing.checkpoint import Checkpoints
 from locft_jax.editing.pipeline import Outcome, Schedule, StepRecord, breadth_first
 from locft_jax.editing.prefix import cached_source, choose_mode
 from locft_jax.editing.site import find_site, first_layer, materialize, parameters, read_site
 from locft_jax.editing.step import Hyper, init_state
 from locft_jax.errors import UserError
-from locft_jax.model.hf import Model, to_checkpoint_dtype
+from locft_jax.model.delta import Delta, check_delta, load_delta
+from locft_jax.model.hf import Checkpoint, Model, to_checkpoint_dtype
 from locft_jax.model.spec import ModelSpec
 
 
@@ -74,18 +77,32 @@ def run_edit(
     site: Sequence[str],
     config: Config,
     on_step: Callable[[StepRecord], None] = lambda record: None,
+    start: Mapping[str, np.ndarray] | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Edited:
-    """LocFT-BF on one model: the given model is not changed. Raises NonFiniteLoss."""
+    """LocFT-BF on one model: the given model is not changed. `start`: values that the site's tensors
+    begin with (HF names; default: the model's own). With `checkpoints` the run goes on from the newest
+    one and leaves others; `on_step` is told of the steps made before too.
+
+    Raises NonFiniteLoss, and Interrupted when a signal asked to stop.
+    """
     begin = time.monotonic()
     layer = first_layer(model.spec, site)
     size = len(corpus.tokens) * model.spec.d_model * np.dtype(model.dtype).itemsize
     budgets = memory_budgets(config.memory_budget)
     mode = choose_mode(config.prefix_cache, layer, size, *budgets)
     base = model.edits
+    given = base if start is None else model.with_edits(start, np.float32).edits
+    state = init_state(read_site(model.spec, model.weights, site, model.mesh, given))
+    done: list[StepRecord] = []
+    if checkpoints is not None:
+        state, done = checkpoints.restore(state) or (state, done)
+        checkpoints.start()
+        for record in done:
+            on_step(record)
     source = cached_source(
         model.spec, model.weights, corpus, layer, mode, model.mesh, config.row_length, base=base
     )
-    state = init_state(read_site(model.spec, model.weights, site, model.mesh, base))
     outcome = breadth_first(
         model.spec,
         model.weights,
@@ -96,16 +113,27 @@ def run_edit(
         model.mesh,
         on_step,
         base=base,
+        done=done,
+        keeper=checkpoints,
     )
     tensors = to_checkpoint_dtype(model.checkpoint, materialize(outcome.state.theta, base))
-    return Edited(
-        tensors,
-        outcome,
-        parameters(outcome.state.theta),
-        mode,
-        corpus.boundary_merges,
-        time.monotonic() - begin,
-    )
+    seconds = time.monotonic() - begin
+    if checkpoints is not None:
+        seconds = checkpoints.finish(outcome.state, outcome.records)
+    return Edited(tensors, outcome, parameters(outcome.state.theta), mode, corpus.boundary_merges, seconds)
+
+
+def last_delta(folder: Path, checkpoint: Checkpoint, site: Sequence[str]) -> Delta:
+    """The delta of an earlier run, to begin with. Raises UserError unless it was made on this model and
+    tunes this site."""
+    delta = load_delta(folder / "delta.safetensors")
+    check_delta(checkpoint, delta)
+    if set(delta.new) != set(site):
+        raise UserError(
+            f"--start-from last: {folder} tuned {', '.join(sorted(delta.new)[:3])}..., this run tunes "
+            f"{', '.join(site[:3])}...; use the same site, or --start-from base"
+        )
+    return delta
 
 
 def memory_budgets(stated: float | None) -> tuple[float, float]:

@@ -150,6 +150,17 @@ def figures(asked: Asked, answers: Answers) -> dict[str, float | None]:
     }
 
 
+def by_batch(asked: Asked, answers: Answers, batches: int) -> list[dict[str, float | None]]:
+    """Reliability and generalization (0-1) of the requests of each of `batches` arrivals."""
+    right = correct(asked, answers)
+    kinds = ("reliability", "generalization")
+    found: list[dict[str, list[bool]]] = [{k: [] for k in kinds} for _ in range(batches)]
+    for probe, ok in zip(asked.probes, right, strict=True):
+        if probe.kind in kinds and ok is not None:
+            found[probe.batch][probe.kind].append(ok)
+    return [{k: rate(values) for k, values in batch.items()} for batch in found]
+
+
 def agreement(asked: Asked, before: Answers, after: Answers) -> float | None:
     """Share of locality probes whose answer did not change."""
     same = [

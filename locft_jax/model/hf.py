@@ -286,13 +286,14 @@ class Model:
         """dtype of the frozen weights."""
         return self.weights["embed"].dtype
 
-    def with_edits(self, tensors: Mapping[str, np.ndarray | jax.Array]) -> "Model":
-        """The same model with `tensors` (HF names and layout) in place of its own; nothing is copied."""
+    def with_edits(self, tensors: Mapping[str, np.ndarray | jax.Array], dtype: Any = None) -> "Model":
+        """The same model with `tensors` (HF names and layout) in place of its own, in `dtype` (default:
+        that of the weights); nothing is copied."""
         placed = {}
         for name, value in tensors.items():
             row, _ = locate_tensor(self.spec, name)
             sharding = tensor_sharding(self.mesh, self.spec, row, stacked=False)
-            placed[name] = jax.device_put(value.astype(self.dtype), sharding)
+            placed[name] = jax.device_put(value.astype(dtype or self.dtype), sharding)
         return dataclasses.replace(self, edits={**self.edits, **placed})
 
     def apply(self, delta: "Delta") -> "Model":

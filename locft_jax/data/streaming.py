@@ -1,0 +1,116 @@
+"""Edits that arrive over time: those of an earlier run and new ones as one set to retrain on.
+
+Every run leaves its requests in `edits.jsonl`; a later run adds to them (method.md: streaming
+breadth-first). Each request keeps the number of the batch it arrived with.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from locft_jax.data.records import open_records
+from locft_jax.data.requests import EditData, EditRequest, requests_from_records
+from locft_jax.errors import UserError
+
+
+def to_record(request: EditRequest) -> dict[str, Any]:
+    """A line of edits.jsonl; `read_requests` gives an equal request back."""
+    pairs = lambda probes: [{"prompt": p, "ground_truth": a} for p, a in probes]  # noqa: E731
+    return {
+        "case_id": request.case,
+        "prompt": request.prompt,
+        "target_new": request.target_new,
+        "subject": request.subject,
+        "ground_truth": request.ground_truth,
+        "rephrase_prompts": list(request.rephrases),
+        "locality_probes": pairs(request.locality),
+        "portability_probes": pairs(request.portability),
+        "batch": request.batch,
+    }
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier run left: its requests, its report, and the folder."""
+
+    folder: Path
+    requests: list[EditRequest]
+    report: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The run's settings, for a run that adds to it: not its data, and not its place."""
+        own = ("data_path", "num_edits", "save_model_dir")
+        return {k: v for k, v in self.report["config"].items() if k not in own}
+
+    @property
+    def curve(self) -> list[list[float | None]]:
+        """Reliability of every batch after each run so far: curve[run][batch]."""
+        streaming = self.report.get("streaming")
+        if streaming is None:
+            return [[self.report["after"]["reliability"]]]
+        return [list(row) for row in streaming["curve"]]
+
+
+def read_earlier(folder: Path) -> Earlier:
+    """The requests and the report of a finished run. Raises UserError when the folder holds none."""
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        report["after"]["reliability"], report["config"]["seed"]  # noqa: B018 (what is used of it)
+        source = str(folder / "edits.jsonl")
+        records = [record.value for record in open_records(source)[1]]
+        batches = [int(record["batch"]) for record in records]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(
+            f"--continue-from: {folder} holds no finished run (it needs report.json and edits.jsonl): "
+            f"{type(e).__name__} {e}"
+        ) from None
+    requests = requests_from_records(records).requests
+    if len(requests) != len(records) or min(batches, default=-1) < 0:
+        raise UserError(f"--continue-from: {source} was changed: it must be as the run left it")
+    requests = [dataclasses.replace(r, batch=b) for r, b in zip(requests, batches, strict=True)]
+    return Earlier(folder, requests, report)
+
+
+def extend(earlier: Earlier, new: EditData) -> EditData:
+    """All requests, earlier ones first. A new one supersedes an earlier one with the same prompt and
+    another target; new ones that were made already are duplicates. Raises UserError if none is new."""
+    said = lambda r: (r.prompt.strip(), r.target_new.strip())  # noqa: E731
+    batch = 1 + max(r.batch for r in earlier.requests)
+    made = {said(r) for r in earlier.requests}
+    fresh = [dataclasses.replace(r, batch=batch) for r in new.requests if said(r) not in made]
+    if not fresh:
+        raise UserError(
+            f"data_path: all {len(new.requests)} edits of {new.source} are in {earlier.folder} already; "
+            "give new ones"
+        )
+    prompts = {said(r)[0] for r in fresh}
+    kept = [r for r in earlier.requests if said(r)[0] not in prompts]
+    digest = hashlib.sha256(new.sha256.encode())
+    for r in kept:
+        digest.update(json.dumps(to_record(r), sort_keys=True).encode() + b"\n")
+    return dataclasses.replace(
+        new,
+        requests=[*kept, *fresh],
+        duplicates=new.duplicates + len(new.requests) - len(fresh),
+        sha256=digest.hexdigest(),
+    )
+
+
+def streaming_report(earlier: Earlier, batches: Sequence[Mapping[str, Any]], start: str) -> dict[str, Any]:
+    """What became of the earlier edits: report.json's `streaming`. `batches`: the report's own, with
+    rates 0-1 after this run."""
+    sizes = [int(b["edits"]) for b in batches]
+    old = sum(sizes[:-1])
+    return {
+        "continued_from": str(earlier.folder),
+        "start_from": start,
+        "earlier_edits": old,
+        "new_edits": sizes[-1],
+        "superseded": len(earlier.requests) - old,
+        "curve": [*earlier.curve, [b["reliability"] for b in batches]],
+    }

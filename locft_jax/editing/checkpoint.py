@@ -1,0 +1,301 @@
+"""Resumable runs: orbax checkpoints of only what changes, and who may go on from them.
+
+A checkpoint holds the tuned tensors with Adam's moments and count, and the records of the steps made
+so far. The order of the data follows from the seed and the epoch, so the number of steps says where
+to go on, and going on gives bit for bit what an undisturbed run gives (same mesh, same versions).
+
+    checkpoint/run.json      what the run is: another run must not go on from here
+    checkpoint/before.json   the answers before the edit, asked once
+    checkpoint/steps/N/      after N steps; orbax writes it beside and renames it
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from safetensors import safe_open
+
+from locft_jax.config import Config, config_to_dict
+from locft_jax.data.capability import CapabilityItem
+from locft_jax.data.records import digest
+from locft_jax.data.requests import EditData
+from locft_jax.editing.pipeline import StepRecord
+from locft_jax.editing.step import EditState
+from locft_jax.errors import UserError
+from locft_jax.files import write_whole_json
+from locft_jax.model.delta import Delta, fingerprint
+from locft_jax.model.hf import Checkpoint, read_tensor
+from locft_jax.progress import say
+from locft_jax.versions import versions
+
+# Keys that change nothing in a run's result: what they were may differ when a run goes on.
+FREE_KEYS = ("model_name_or_path", "data_path", "save_model_dir", "capability_data", "device",
+             "memory_budget", "checkpoint_every", "export")  # fmt: skip
+KEPT = 2  # checkpoints at a time
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGTERM or Ctrl-C; the message says what is saved and how to go on."""
+
+
+class Checkpoints:
+    """Where one run keeps its checkpoints, and when. `every`: minutes (`10m`) or steps (`200`)."""
+
+    def __init__(self, folder: Path, every: str, run: Mapping[str, Any]) -> None:
+        import orbax.checkpoint as ocp
+
+        self.folder, self.run = folder.resolve(), json.loads(json.dumps(run))
+        minutes = every.endswith("m")
+        self.seconds = 60 * float(every[:-1]) if minutes else float("inf")
+        self.steps = sys.maxsize if minutes else int(every)
+        self.stop = self.looping = self.closed = False
+        self.resumed: list[int] = []  # the steps at which the run was taken up again
+        self.spent = 0.0  # seconds of the loop in earlier processes
+        self.begin = self.saved_at = time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole_json(self.folder / "run.json", self.run)
+        self.manager = ocp.CheckpointManager(
+            self.folder / "steps",
+            options=ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True),
+        )
+
+    def restore(self, like: EditState) -> tuple[EditState, list[StepRecord]] | None:
+        """The newest state that can be read, with the shapes and shardings of `like`, and the records
+        of the steps before it; None when there is none."""
+        import orbax.checkpoint as ocp
+
+        leaves, tree = jax.tree.flatten(like)
+        abstract = {str(i): ocp.utils.to_shape_dtype_struct(a) for i, a in enumerate(leaves)}
+        wanted = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            try:
+                found = self.manager.restore(step, args=wanted)
+            except Exception as e:  # damaged files raise a dozen kinds
+                say(f"the checkpoint of step {step} cannot be read ({_reason(e)}); trying an older one")
+                self.manager.delete(step)
+                continue
+            self.spent, self.resumed = found.progress["seconds"], [*found.progress["resumed"], step]
+            records = [StepRecord(**r) for r in found.progress["records"]]
+            return jax.tree.unflatten(tree, [found.state[str(i)] for i in range(len(leaves))]), records
+        return None
+
+    def start(self) -> None:
+        """The loop begins: from here on a signal waits for the step to end."""
+        self.begin = self.saved_at = time.monotonic()
+        self.looping = True
+
+    def due(self, step: int) -> bool:
+        """Whether the state after `step` steps is to be saved."""
+        return self.stop or step % self.steps == 0 or time.monotonic() - self.saved_at >= self.seconds
+
+    def save(self, state: EditState, records: Sequence[StepRecord]) -> None:
+        """Save the state after these steps: copied to the host before this returns, written meanwhile.
+        A write that fails (a full disk) is said and the run goes on; raises Interrupted if asked to stop.
+        """
+        import orbax.checkpoint as ocp
+
+        step = len(records)
+        # A step whose loss was finite may still have left NaN behind: the last good state is kept.
+        if step != self.manager.latest_step() and all_finite(state):
+            leaves = {str(i): a for i, a in enumerate(jax.tree.leaves(state))}
+            progress = {
+                "records": [dataclasses.asdict(r) for r in records],
+                "seconds": self.elapsed(),
+                "resumed": self.resumed,
+            }
+            try:
+                self.manager.save(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardSave(leaves), progress=ocp.args.JsonSave(progress)
+                    ),
+                )
+            except Exception as e:  # also what became of the write before this one
+                say(f"no checkpoint at step {step}: {_reason(e)}; the run goes on")
+        self.saved_at = time.monotonic()
+        if self.stop:
+            self.looping = False
+            raise Interrupted(self.how())
+
+    def finish(self, state: EditState, records: Sequence[StepRecord]) -> float:
+        """The loop has ended: keep its result until all is exported; seconds it took in all."""
+        seconds = self.elapsed()
+        self.save(state, records)
+        self.looping = False
+        return seconds
+
+    def elapsed(self) -> float:
+        """Seconds in the loop, earlier processes included."""
+        return self.spent + time.monotonic() - self.begin
+
+    def how(self) -> str:
+        """What is saved, and how to go on."""
+        self.wait()
+        step = self.manager.latest_step()
+        if step is None and not (self.folder / "before.json").exists():
+            return "nothing was written"
+        saved = "the answers before the edit" if step is None else f"the run up to step {step}"
+        return f"{saved} can be found in {self.folder}: the same command with --resume goes on from there"
+
+    def wait(self) -> None:
+        """Until what is being written is written."""
+        try:
+            self.manager.wait_until_finished()
+        except Exception as e:
+            say(f"the last checkpoint could not be written: {_reason(e)}")
+
+    def close(self) -> None:
+        """Wait for the last write and let go of the folder."""
+        if not self.closed:
+            self.wait()
+            self.manager.close()
+        self.closed = True
+
+    def move(self, folder: Path) -> None:
+        """Put the orbax checkpoints into `folder`, for whoever asked to keep them."""
+        self.close()
+        shutil.move(self.folder / "steps", folder)
+
+    def keep_before(self, value: Any) -> None:
+        """Keep the answers before the edit (plain JSON)."""
+        write_whole_json(self.folder / "before.json", value)
+
+    def kept_before(self) -> Any:
+        """What `keep_before` kept, or None."""
+        return _read(self.folder / "before.json")
+
+
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no element of any array is NaN or infinite (bool scalar)."""
+    return jnp.all(jnp.asarray([jnp.all(jnp.isfinite(a)) for a in jax.tree.leaves(tree)]))
+
+
+def base_digest(checkpoint: Checkpoint, site: Sequence[str]) -> str:
+    """sha256 that tells one base model from another without reading it all: every tensor's name,
+    dtype, shape and first row, and the whole of the site's tensors."""
+    sha256 = hashlib.sha256(fingerprint(checkpoint, {n: read_tensor(checkpoint, n) for n in site}).encode())
+    for file in sorted({info.file for info in checkpoint.tensors.values()}):
+        with safe_open(checkpoint.folder / file, "np") as f:
+            for name in sorted(n for n, info in checkpoint.tensors.items() if info.file == file):
+                sha256.update(f.get_slice(name)[:1].tobytes())
+    return sha256.hexdigest()
+
+
+def describe_run(
+    config: Config,
+    data: EditData,
+    capability: Sequence[CapabilityItem],
+    checkpoint: Checkpoint,
+    site: Sequence[str],
+    mesh: Mesh,
+    start: Delta | None = None,
+) -> dict[str, Any]:
+    """All that a run's result follows from, in JSON types: another run must not go on from it."""
+    return {
+        **{k: v for k, v in config_to_dict(config).items() if k not in FREE_KEYS},
+        "mesh": dict(mesh.shape),
+        "site": list(site),
+        "data_sha256": data.sha256,
+        "capability": digest([dataclasses.asdict(item) for item in capability]),
+        "base_model": base_digest(checkpoint, site),
+        "start": start and digest([{n: a.tobytes().hex() for n, a in start.new.items()}]),
+        "versions": versions(),
+    }
+
+
+def finished(out: Path, run: Mapping[str, Any]) -> bool:
+    """Whether `out` holds this run's results and nothing to go on from. Raises UserError where the
+    results are those of another run."""
+    report = _read(out / "report.json")
+    if not isinstance(report, dict) or saved_something(out / "checkpoint"):
+        return False
+    found = {**report.get("config", {}), "data_sha256": report.get("data_sha256")}
+    _check_same({k: v for k, v in found.items() if k in run and k != "mesh"}, run, out)
+    return True
+
+
+def saved_something(folder: Path) -> bool:
+    """Whether a run can go on from this folder (a checkpoint/)."""
+    steps = folder / "steps"
+    saved = steps.is_dir() and any(p.name.isdecimal() for p in steps.iterdir())
+    return _read(folder / "run.json") is not None and (saved or (folder / "before.json").exists())
+
+
+def open_run(out: Path, every: str, run: Mapping[str, Any], resume: bool) -> Checkpoints:
+    """The checkpoints of a run in `out`: those that are there if it is to `resume`, else none. Raises
+    UserError naming what differs when they are another run's."""
+    folder = out / "checkpoint"
+    if resume and saved_something(folder):
+        _check_same(_read(folder / "run.json"), run, folder)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        if resume:
+            say(f"{out} holds no interrupted run: beginning anew")
+    return Checkpoints(folder, every, run)
+
+
+def _check_same(found: Mapping[str, Any], run: Mapping[str, Any], where: Path) -> None:
+    run = json.loads(json.dumps(run))
+    differ = [
+        f"{key}: {json.dumps(value)[:80]} there, {json.dumps(run.get(key))[:80]} here"
+        for key, value in sorted(found.items())
+        if value != run.get(key) and key != "versions"
+    ]
+    if differ:
+        lines = "\n  ".join(differ)
+        raise UserError(
+            f"--resume: {where} is of another run:\n  {lines}\n"
+            "use the settings, data and model of that run, or another --out"
+        )
+    if "versions" in found and found["versions"] != run["versions"]:
+        say("resuming with other versions of the libraries: the result may differ in its last bits")
+
+
+@contextmanager
+def guarded(checkpoints: Checkpoints) -> Iterator[None]:
+    """Around a run. SIGTERM (a TPU is preempted) and Ctrl-C: a running loop ends its step, saves and
+    raises Interrupted; at any other time, or when asked twice, Interrupted is raised at once. What fails
+    says what is saved; a run that has saved nothing leaves nothing behind."""
+
+    def handle(number: int, frame: Any) -> None:
+        if checkpoints.looping and not checkpoints.stop:
+            checkpoints.stop = True
+        else:
+            raise Interrupted(checkpoints.how())
+
+    old = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    except (OSError, FloatingPointError) as e:
+        raise type(e)(f"{e}\n{checkpoints.how()}") from e
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        checkpoints.close()
+        if not saved_something(checkpoints.folder):
+            shutil.rmtree(checkpoints.folder, ignore_errors=True)
+            with suppress(OSError):
+                checkpoints.folder.parent.rmdir()  # only if it is empty
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,79 @@
+"""Files and folders that appear whole or not at all: written beside, fsynced, renamed."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Readable JSON, keys in the given order."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_jsonl(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object a line."""
+    with path.open("w", encoding="utf-8") as f:
+        f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def write_whole_json(out: Path, value: Any) -> None:
+    """A JSON file that appears whole or not at all."""
+    part = out.with_name(out.name + ".part")
+    try:
+        write_json(part, value)
+        sync(part)
+        os.replace(part, out)
+        sync(out.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `out` by renaming when the block ends well; on any error what was
+    at `out` before stays as it was. A process that dies meanwhile leaves names to `recover`."""
+    out = out.resolve()
+    part, old = _beside(out)
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        for path in [*part.rglob("*"), part]:
+            sync(path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.replace(out, old)
+    os.replace(part, out)
+    sync(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(out: Path) -> None:
+    """Finish or take back what a `whole_folder` that was killed left undone."""
+    out = out.resolve()
+    part, old = _beside(out)
+    if old.exists() and not out.exists():
+        os.replace(part if part.exists() else old, out)  # the new folder was complete
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(part, ignore_errors=True)
+
+
+def _beside(out: Path) -> tuple[Path, Path]:
+    """Names of the folder being made and of the one it replaces: ours alone, nobody else's."""
+    return out.with_name(f".{out.name}.locft-part"), out.with_name(f".{out.name}.locft-old")
