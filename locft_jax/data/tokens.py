@@ -200,6 +200,13 @@ def assign_rows(lengths: np.ndarray, row_length: int, rows: int) -> np.ndarray |
     return row
 
 
+def few_sizes(size: int, least: int = 1, bits: int = 3) -> int:
+    """`size` rounded up to so many significant bits (3: at most a quarter too large): few shapes."""
+    size = max(size, least)
+    unit = 1 << max(0, size.bit_length() - bits)
+    return -(-size // unit) * unit
+
+
 def rows_needed(lengths: np.ndarray, row_length: int) -> int:
     """The smallest number of rows that best-fit-decreasing packing reaches."""
     rows = max(1, -(-int(lengths.sum()) // row_length))
@@ -301,7 +308,7 @@ def even_rows(corpus: Corpus, row_length: int, most: int, multiple: int = 1) -> 
     needed = (
         rows_needed(corpus.lengths, length) if len(corpus) < 1024 else -(-int(corpus.lengths.sum()) // length)
     )
-    rows = -(-needed // -(-needed // most))
+    rows = few_sizes(-(-needed // -(-needed // most)))
     return length, -(-rows // multiple) * multiple
 
 

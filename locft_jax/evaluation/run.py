@@ -8,8 +8,18 @@ import numpy as np
 
 from locft_jax.data.capability import CapabilityItem
 from locft_jax.data.tokens import encode_pairs, prompt_ids
-from locft_jax.evaluation.answers import answer, score_corpus
-from locft_jax.evaluation.metrics import KINDS, NEW_TOKENS, Probe, cut, matches, rate, stop_tables
+from locft_jax.evaluation.answers import Kept, answer, score_corpus
+from locft_jax.evaluation.generate import Reader
+from locft_jax.evaluation.metrics import (
+    KINDS,
+    NEW_TOKENS,
+    Probe,
+    cut,
+    matches,
+    may_match,
+    rate,
+    stop_tables,
+)
 from locft_jax.model.hf import Model
 from locft_jax.model.weights import Edits
 
@@ -31,8 +41,8 @@ class Answers:
     """What the model said, probe by probe."""
 
     texts: list[str]  # by the official stop rule (for choices: the choice taken)
-    full: list[str]  # until EOS; differs for reliability probes only
-    tokens: list[list[int]]  # as decoded, stop token included; empty for choices
+    full: list[str]  # of reliability probes: until EOS, or until they cannot match any more
+    tokens: list[list[int]]  # by the official stop rule, stop token included; empty for choices
     proved: int  # how many answers one forward pass proved
 
 
@@ -65,54 +75,58 @@ def ask(
     guesses: Sequence[Sequence[int]] | None = None,
     row_length: int = 128,
     on_done: Callable[[int], None] = lambda count: None,
+    kept: Kept | None = None,
 ) -> Answers:
-    """Greedy answers of the model with `edits` to every probe. `guesses` (default: the targets) only
-    decide how fast that is, never what is answered."""
+    """Greedy answers of the model with `edits` to every probe. `guesses` (default: the targets) and
+    `kept` only decide how fast that is, never what is answered."""
     guesses = asked.guesses if guesses is None else guesses
     official, eos_only = stop_tables(model.tokenizer, model.spec.vocab_size, model.eos)
-    count = len(asked.probes)
-    tokens: list[list[int]] = [[] for _ in range(count)]
-    # Reliability is also reported with EOS as the only stop, so those are decoded until EOS.
-    to_eos = [i for i in range(count) if asked.probes[i].kind == "reliability"]
-    rest = [i for i in range(count) if asked.probes[i].kind != "reliability" and i not in asked.choices]
-    proved = 0
-    for which, stop in ((to_eos, eos_only), (rest, official)):
-        if not which:
-            continue
-        found, hits = answer(
-            model.spec,
-            model.weights,
-            edits,
-            [asked.prompts[i] for i in which],
-            [guesses[i] for i in which],
-            NEW_TOKENS,
-            stop,
-            model.mesh,
-            row_length,
-            on_done,
-        )
-        proved += hits
-        for i, ids in zip(which, found, strict=True):
-            tokens[i] = ids
+    reader = Reader(model.spec, model.weights, edits, model.mesh, row_length)
+    free = [i for i in range(len(asked.probes)) if i not in asked.choices]
+    tokens: list[list[int]] = [[] for _ in asked.probes]
+    prompts, drafts = [asked.prompts[i] for i in free], [guesses[i] for i in free]
+    found, proved = answer(reader, prompts, drafts, NEW_TOKENS, official, on_done, kept=kept)
+    for i, ids in zip(free, found, strict=True):
+        tokens[i] = ids
     said = model.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    full = [t.strip() for t in said]
     texts = [cut(t) for t in said]  # a newline at the very beginning ends an answer too
-    for i, choice in _choose(model, edits, asked, row_length).items():
+    # Reliability is also reported with EOS as the only stop: where that can still be a match, go on.
+    more = [
+        i
+        for i in free
+        if asked.probes[i].kind == "reliability"
+        and not eos_only[tokens[i][-1]]
+        and may_match(said[i], str(asked.probes[i].target))
+    ]
+    prompts, drafts, begun = (
+        [asked.prompts[i] for i in more],
+        [_rest(guesses[i], tokens[i]) for i in more],
+        [tokens[i] for i in more],
+    )
+    found, _ = answer(reader, prompts, drafts, NEW_TOKENS, eos_only, known=begun)
+    for i, text in zip(more, model.tokenizer.batch_decode(found, skip_special_tokens=True), strict=True):
+        said[i] = text
+    full = [t.strip() for t in said]
+    for i, choice in _choose(reader, model.tokenizer, asked).items():
         texts[i] = full[i] = choice
     on_done(len(asked.choices))
     return Answers(texts, full, tokens, proved)
 
 
-def _choose(model: Model, edits: Edits, asked: Asked, row_length: int) -> dict[int, str]:
+def _rest(guess: Sequence[int], begun: Sequence[int]) -> Sequence[int]:
+    """What follows `begun` in a guess that begins so, else nothing."""
+    return guess[len(begun) :] if list(guess[: len(begun)]) == list(begun) else []
+
+
+def _choose(reader: Reader, tokenizer: Any, asked: Asked) -> dict[int, str]:
     """For every probe with choices, the one with the highest log-likelihood a character (lm-eval's
     `acc_norm`)."""
     which = [(i, c) for i, choices in asked.choices.items() for c in choices]
-    corpus = encode_pairs(model.tokenizer, [asked.probes[i].prompt for i, _ in which], [c for _, c in which])
-    _, logprob = score_corpus(model.spec, model.weights, edits, corpus, model.mesh, row_length)
-    begin = np.concatenate([[0], np.cumsum(corpus.target_lengths)])
+    corpus = encode_pairs(tokenizer, [asked.probes[i].prompt for i, _ in which], [c for _, c in which])
+    scores = {n: float(logprob.sum()) for n, _, logprob in score_corpus(reader, corpus)}
     best: dict[int, tuple[float, str]] = {}
-    for row, (i, choice) in enumerate(which):
-        score = float(logprob[begin[row] : begin[row + 1]].sum()) / max(1, len(choice))
+    for n, (i, choice) in enumerate(which):
+        score = scores[n] / max(1, len(choice))
         if i not in best or score > best[i][0]:
             best[i] = (score, choice)
     return {i: choice for i, (_, choice) in best.items()}

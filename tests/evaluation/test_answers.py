@@ -7,6 +7,7 @@ import pytest
 from locft_jax import load_model
 from locft_jax.data.tokens import corpus_from_lists
 from locft_jax.evaluation.answers import answer, score_corpus
+from locft_jax.evaluation.generate import Reader
 from locft_jax.model import decoder
 
 NEW = 32
@@ -76,20 +77,10 @@ def proved_by(guess, true, stop):
     return common + 1 >= len(true)
 
 
-def ask(model, prompts, guesses, stop, new_tokens=NEW, row_length=128):
+def ask(model, prompts, guesses, stop, new_tokens=NEW, row_length=128, **options):
     done = []
-    got = answer(
-        model.spec,
-        model.weights,
-        model.edits,
-        prompts,
-        guesses,
-        new_tokens,
-        stop,
-        model.mesh,
-        row_length,
-        done.append,
-    )
+    reader = Reader(model.spec, model.weights, model.edits, model.mesh, row_length)
+    got = answer(reader, prompts, guesses, new_tokens, stop, done.append, **options)
     assert sum(done) == len(prompts)  # the bar ends full
     return got
 
@@ -140,11 +131,9 @@ def test_scores_are_those_of_the_plain_forward(model):
     texts = [rng.integers(1, 320, n).tolist() for n in lengths]
     starts = [int(rng.integers(1, n)) for n in lengths]
     corpus = corpus_from_lists(texts, starts)
-    done = []
-    best, logprob = score_corpus(
-        model.spec, model.weights, model.edits, corpus, model.mesh, row_length=48, on_done=done.append
-    )
-    assert sum(done) == len(texts)
+    scored = sorted(score_corpus(Reader(model.spec, model.weights, model.edits, model.mesh, 48), corpus))
+    assert [n for n, *_ in scored] == list(range(len(texts)))
+    best, logprob = (np.concatenate(part) for part in list(zip(*scored, strict=True))[1:])
     tokens = np.asarray([t + [0] * (LENGTH - len(t)) for t in texts])
     scores = np.asarray(forward(model.spec, model.weights, model.edits, tokens), np.float64)
     logs = scores - np.log(np.exp(scores - scores.max(-1, keepdims=True)).sum(-1, keepdims=True))
@@ -157,7 +146,5 @@ def test_scores_are_those_of_the_plain_forward(model):
 
 
 def test_scores_of_nothing(model):
-    best, logprob = score_corpus(
-        model.spec, model.weights, {}, corpus_from_lists([], []), model.mesh, row_length=48
-    )
-    assert best.shape == logprob.shape == (0,)
+    reader = Reader(model.spec, model.weights, {}, model.mesh)
+    assert not list(score_corpus(reader, corpus_from_lists([], [])))
