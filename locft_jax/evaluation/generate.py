@@ -190,7 +190,7 @@ def continue_texts(
     for which in np.array_split(np.arange(len(places)), parts) if parts else ():
         rows = few_sizes(len(which), LEAST, 4)
         longest = max(len(places[i]) for i in which)
-        slots = max(16, 1 << (longest - 1).bit_length())
+        slots = few_sizes(longest, 8)
         index = np.zeros((rows, slots), np.int32)
         pads, left, token = np.full(rows, slots, np.int32), np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         for row, i in enumerate(which):
