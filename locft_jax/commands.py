@@ -1,6 +1,7 @@
 """What all commands share: exit statuses and messages without tracebacks."""
 
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ def run_command(main: Callable[[list[str] | None], None], argv: list[str] | None
     1 anything else that can be foreseen (a loss that is not finite, a full disk, Ctrl-C)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is here for tokenizers: no word on torch
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells failures with tracebacks; we do not
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may say what a terminal cannot show
     try:

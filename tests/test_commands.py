@@ -52,6 +52,7 @@ def test_the_files_of_a_run(edit_run, tiny_model_dir):
         "report.json",
         "steps.jsonl",
         "predictions.jsonl",
+        "edits.jsonl",
         "hf",
         "delta.safetensors",
         "orbax",
@@ -198,7 +199,7 @@ def test_what_is_exported_can_be_chosen(edit_arguments, tmp_path, wanted, files)
     out = tmp_path / "out"
     arguments = edit_arguments(out, **{**QUICK, "export": wanted})
     assert run_command(edit, arguments) == 0
-    reports = {"report.json", "steps.jsonl", "predictions.jsonl"}
+    reports = {"report.json", "steps.jsonl", "predictions.jsonl", "edits.jsonl"}
     assert {p.name for p in out.iterdir()} == reports | files
     report = read_report(out)
     assert set(report["before"].values()) == set(report["after"].values()) == {None}  # evaluate=false
@@ -441,10 +442,16 @@ def test_a_disk_that_fills_up_leaves_what_was_there(edit_arguments, tmp_path, mo
     capsys.readouterr()
     assert run_command(edit, [*edit_arguments(out, **QUICK), "--overwrite"]) == 1
     assert run_command(edit, edit_arguments(tmp_path / "new", **QUICK)) == 1
-    assert contents(tmp_path) == before and [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert capsys.readouterr().err.count("failed: [Errno 28] No space left on device") == 2
+    after = contents(tmp_path)
+    assert {n: b for n, b in after.items() if "/checkpoint/" not in n} == before
+    shown = capsys.readouterr().err
+    assert shown.count("failed: [Errno 28] No space left on device") == 2 and "Traceback" not in shown
+    assert shown.count("the same command with --resume goes on from there") == 2
 
     monkeypatch.undo()
+    assert run_command(edit, [*edit_arguments(tmp_path / "new", **QUICK), "--resume"]) == 0
+    assert (tmp_path / "new" / "delta.safetensors").read_bytes() == before["out/delta.safetensors"]
+    assert not (tmp_path / "new" / "checkpoint").exists()
     assert run_command(edit, [*edit_arguments(out, **{**QUICK, "export": "[]"}), "--overwrite"]) == 0
     assert not (out / "delta.safetensors").exists()  # replaced, not mixed
 

@@ -162,11 +162,6 @@ class Checkpoints:
             self.manager.close()
         self.closed = True
 
-    def move(self, folder: Path) -> None:
-        """Put the orbax checkpoints into `folder`, for whoever asked to keep them."""
-        self.close()
-        shutil.move(self.folder / "steps", folder)
-
     def keep_before(self, value: Any) -> None:
         """Keep the answers before the edit (plain JSON)."""
         write_whole_json(self.folder / "before.json", value)
