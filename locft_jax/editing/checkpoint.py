@@ -126,7 +126,7 @@ class Checkpoints:
         self.saved_at = time.monotonic()
         if self.stop:
             self.looping = False
-            raise Interrupted(self.how())
+            raise Interrupted
 
     def finish(self, state: EditState, records: Sequence[StepRecord]) -> float:
         """The loop has ended: keep its result until all is exported; seconds it took in all."""
@@ -141,12 +141,16 @@ class Checkpoints:
 
     def how(self) -> str:
         """What is saved, and how to go on."""
-        self.wait()
-        step = self.manager.latest_step()
+        step = self.latest()
         if step is None and not (self.folder / "before.json").exists():
             return "nothing was written"
         saved = "the answers before the edit" if step is None else f"the run up to step {step}"
         return f"{saved} can be found in {self.folder}: the same command with --resume goes on from there"
+
+    def latest(self) -> int | None:
+        """The newest step that is saved, or None."""
+        self.wait()
+        return max(_steps(self.folder), default=None)
 
     def wait(self) -> None:
         """Until what is being written is written."""
@@ -223,9 +227,9 @@ def finished(out: Path, run: Mapping[str, Any]) -> bool:
 
 def saved_something(folder: Path) -> bool:
     """Whether a run can go on from this folder (a checkpoint/)."""
-    steps = folder / "steps"
-    saved = steps.is_dir() and any(p.name.isdecimal() for p in steps.iterdir())
-    return _read(folder / "run.json") is not None and (saved or (folder / "before.json").exists())
+    return _read(folder / "run.json") is not None and (
+        bool(_steps(folder)) or (folder / "before.json").exists()
+    )
 
 
 def open_run(out: Path, every: str, run: Mapping[str, Any], resume: bool) -> Checkpoints:
@@ -268,21 +272,35 @@ def guarded(checkpoints: Checkpoints) -> Iterator[None]:
         if checkpoints.looping and not checkpoints.stop:
             checkpoints.stop = True
         else:
-            raise Interrupted(checkpoints.how())
+            raise Interrupted(f"what was saved can be found in {checkpoints.folder}")
 
     old = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    ended = False
     try:
         yield
-    except (OSError, FloatingPointError) as e:
-        raise type(e)(f"{e}\n{checkpoints.how()}") from e
+        ended = True
+    except Interrupted:
+        raise Interrupted(checkpoints.how()) from None
+    except OSError as e:
+        raise OSError(f"{e}\n{checkpoints.how()}") from e
+    except FloatingPointError as e:  # going on would end there again
+        step = checkpoints.latest()
+        kept = "" if step is None else f"\nthe state after step {step} is kept in {checkpoints.folder}"
+        raise FloatingPointError(f"{e}{kept}") from e
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
         checkpoints.close()
-        if not saved_something(checkpoints.folder):
+        if not ended and not saved_something(checkpoints.folder):
             shutil.rmtree(checkpoints.folder, ignore_errors=True)
             with suppress(OSError):
                 checkpoints.folder.parent.rmdir()  # only if it is empty
+
+
+def _steps(folder: Path) -> list[int]:
+    """The steps whose checkpoints are whole: orbax renames them when they are."""
+    steps = folder / "steps"
+    return [int(p.name) for p in steps.iterdir() if p.name.isdecimal()] if steps.is_dir() else []
 
 
 def _read(path: Path) -> Any:
