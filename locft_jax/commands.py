@@ -14,7 +14,9 @@ def run_command(main: Callable[[list[str] | None], None], argv: list[str] | None
     1 anything else that can be foreseen (a loss that is not finite, a full disk, Ctrl-C)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is here for tokenizers: no word on torch
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells failures with tracebacks; we do not
+    for name in ("absl", "asyncio"):  # orbax's failures come with tracebacks there; ours say what to do
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unraisable
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may say what a terminal cannot show
     try:
@@ -29,3 +31,9 @@ def run_command(main: Callable[[list[str] | None], None], argv: list[str] | None
         print(f"interrupted: {str(e) or 'nothing was written'}", file=sys.stderr)
         return 1
     return 0
+
+
+def _unraisable(told: "sys.UnraisableHookArgs") -> None:
+    """Tensorstore's threads report to orbax even when a failed write (a full disk) has ended its loop."""
+    if str(told.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(told)

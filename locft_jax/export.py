@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from locft_jax.editing.checkpoint import saved_something
-from locft_jax.errors import UserError
+from locft_jax.errors import UserError, reason
 from locft_jax.files import recover
 from locft_jax.model.hf import Checkpoint, read_tensor
 
@@ -17,12 +17,15 @@ from locft_jax.model.hf import Checkpoint, read_tensor
 def save_orbax(checkpoint: Checkpoint, new: Mapping[str, np.ndarray], out: Path) -> None:
     """The full edited model as an orbax checkpoint: flat {HF name: array}, HF layout, unstacked, in
     the checkpoint's dtypes, `config.json` beside it. Any JAX program restores it with any sharding:
-    `orbax.checkpoint.StandardCheckpointer().restore(folder)`."""
+    `orbax.checkpoint.StandardCheckpointer().restore(folder)`. Raises OSError when it cannot be written."""
     import orbax.checkpoint as ocp
 
     tree = {n: np.asarray(new[n]) if n in new else read_tensor(checkpoint, n) for n in checkpoint.tensors}
-    with ocp.StandardCheckpointer() as saver:
-        saver.save(out.resolve(), tree)
+    try:
+        with ocp.StandardCheckpointer() as saver:
+            saver.save(out.resolve(), tree)
+    except Exception as e:  # tensorstore has its own kinds for a full disk
+        raise OSError(f"the orbax checkpoint could not be written: {reason(e)}") from None
     shutil.copy2(checkpoint.folder / "config.json", out / "config.json")
 
 

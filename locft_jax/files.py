@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,7 +55,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
         for path in [*part.rglob("*"), part]:
             sync(path)
     except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
+        _remove(part)
         raise
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
@@ -72,6 +73,15 @@ def recover(out: Path) -> None:
         os.replace(part if part.exists() else old, out)  # the new folder was complete
     shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(part, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, also one that another library's threads, after an error, still write into."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 def _beside(out: Path) -> tuple[Path, Path]:

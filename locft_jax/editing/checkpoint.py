@@ -32,7 +32,7 @@ from locft_jax.data.records import digest
 from locft_jax.data.requests import EditData
 from locft_jax.editing.pipeline import StepRecord
 from locft_jax.editing.step import EditState
-from locft_jax.errors import UserError
+from locft_jax.errors import UserError, reason
 from locft_jax.files import write_whole_json
 from locft_jax.model.delta import Delta, fingerprint
 from locft_jax.model.hf import Checkpoint, read_tensor
@@ -59,7 +59,7 @@ class Checkpoints:
         minutes = every.endswith("m")
         self.seconds = 60 * float(every[:-1]) if minutes else float("inf")
         self.steps = sys.maxsize if minutes else int(every)
-        self.stop = self.looping = self.closed = False
+        self.stop = self.looping = self.closed = self.warned = False
         self.resumed: list[int] = []  # the steps at which the run was taken up again
         self.spent = 0.0  # seconds of the loop in earlier processes
         self.begin = self.saved_at = time.monotonic()
@@ -82,7 +82,7 @@ class Checkpoints:
             try:
                 found = self.manager.restore(step, args=wanted)
             except Exception as e:  # damaged files raise a dozen kinds
-                say(f"the checkpoint of step {step} cannot be read ({_reason(e)}); trying an older one")
+                say(f"the checkpoint of step {step} cannot be read ({reason(e)}); trying an older one")
                 self.manager.delete(step)
                 continue
             self.spent, self.resumed = found.progress["seconds"], [*found.progress["resumed"], step]
@@ -114,15 +114,13 @@ class Checkpoints:
                 "seconds": self.elapsed(),
                 "resumed": self.resumed,
             }
+            saved = ocp.args.Composite(
+                state=ocp.args.StandardSave(leaves), progress=ocp.args.JsonSave(progress)
+            )
             try:
-                self.manager.save(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardSave(leaves), progress=ocp.args.JsonSave(progress)
-                    ),
-                )
+                self.manager.save(step, args=saved)
             except Exception as e:  # also what became of the write before this one
-                say(f"no checkpoint at step {step}: {_reason(e)}; the run goes on")
+                self.failed(e)
         self.saved_at = time.monotonic()
         if self.stop:
             self.looping = False
@@ -157,14 +155,23 @@ class Checkpoints:
         try:
             self.manager.wait_until_finished()
         except Exception as e:
-            say(f"the last checkpoint could not be written: {_reason(e)}")
+            self.failed(e)
+
+    def failed(self, error: Exception) -> None:
+        """A write has failed: say so the first time, and give back the room that its pieces take."""
+        if not self.warned:
+            say(f"a checkpoint could not be written ({reason(error)}); the run goes on without it")
+        self.warned = True
+        for piece in (self.folder / "steps").glob("*.orbax-checkpoint-tmp"):
+            shutil.rmtree(piece, ignore_errors=True)
 
     def close(self) -> None:
         """Wait for the last write and let go of the folder."""
         if not self.closed:
+            self.closed = True
             self.wait()
-            self.manager.close()
-        self.closed = True
+            with suppress(Exception):  # a failed write once more
+                self.manager.close()
 
     def keep_before(self, value: Any) -> None:
         """Keep the answers before the edit (plain JSON)."""
@@ -308,7 +315,3 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

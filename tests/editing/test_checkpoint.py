@@ -114,11 +114,14 @@ def test_killed_at_random_moments_and_resumed(edit_arguments, tmp_path):
     out, cache = tmp_path / "out", tmp_path / "cache"
     cache.mkdir()
     arguments = edit_arguments(out, **LONG)
-    whole = start(edit_arguments(tmp_path / "whole", **LONG), cache)
-    until_it_begins(whole)
-    begin = time.monotonic()
-    assert whole.wait() == 0
-    expected, longest = result(tmp_path / "whole"), time.monotonic() - begin
+    for _ in range(2):  # the first one fills the cache
+        shutil.rmtree(tmp_path / "whole", ignore_errors=True)
+        whole = start(edit_arguments(tmp_path / "whole", **LONG), cache)
+        until_it_begins(whole)
+        begin = time.monotonic()
+        assert whole.wait() == 0
+        longest = time.monotonic() - begin
+    expected = result(tmp_path / "whole")
 
     rng = np.random.default_rng(0)
     kills, found, chains = 0, [], 0
@@ -321,7 +324,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(edit_arguments, tmp
 
 
 def test_a_state_that_is_not_finite_is_not_kept(edit_arguments, tmp_path, capsys):
-    assert run_command(edit, edit_arguments(tmp_path / "out", **{**SHORT, "lr": "1e38"})) == 1
+    assert run_command(edit, edit_arguments(tmp_path / "out", **{**SHORT, "lr": "1e39"})) == 1
     message = said(capsys)
     assert "the loss is " in message and "is kept" not in message
     assert list(tmp_path.iterdir()) == []
@@ -341,9 +344,9 @@ def files_of_at_most(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-@pytest.mark.parametrize(("export", "size"), [("hf", 100_000), ("orbax", 60_000), ("delta", 3_000)])
+@pytest.mark.parametrize(("export", "size"), [("hf", 100_000), ("orbax", 20_000), ("delta", 3_000)])
 def test_a_disk_that_is_full(edit_arguments, tmp_path, undisturbed, capfd, export, size):
-    """In the export of one kind or another; with the least room the checkpoints fail too."""
+    """In the export of one kind or another; with less room the checkpoints fail too."""
     settings = {**SHORT, "export": export}
     out = tmp_path / "out"
     with files_of_at_most(size):
@@ -351,7 +354,7 @@ def test_a_disk_that_is_full(edit_arguments, tmp_path, undisturbed, capfd, expor
     message = capfd.readouterr().err
     assert "failed: " in message and "too large" in message and "Traceback" not in message, message
     assert len(message.splitlines()) < 25
-    if export == "delta":
+    if export != "hf":
         assert "no checkpoint at step" in message or "could not be written" in message
         assert names(tmp_path) == set()
     else:
@@ -359,4 +362,4 @@ def test_a_disk_that_is_full(edit_arguments, tmp_path, undisturbed, capfd, expor
         assert names(tmp_path) == {"out"} and names(out) == {"checkpoint"}
     assert run_command(edit, [*edit_arguments(out, **settings), "--resume"]) == 0
     assert result(out) == undisturbed(settings)
-    assert json.loads((out / "report.json").read_text())["resumed"] == ([] if export == "delta" else [6])
+    assert json.loads((out / "report.json").read_text())["resumed"] == ([6] if export == "hf" else [])
