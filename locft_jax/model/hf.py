@@ -220,9 +220,11 @@ def save_hf(checkpoint: Checkpoint, edited: Mapping[str, np.ndarray], out: Path)
     rewritten = {checkpoint.tensors[name].file for name in edited}
     with whole_folder(out) as part:
         for path in sorted(checkpoint.folder.iterdir()):
-            if path.is_file() and not path.name.startswith("."):
-                if path.suffix != ".safetensors" or path.name in rewritten or not _link(path, part):
-                    shutil.copyfile(path, part / path.name)
+            if not path.is_file() or path.name.startswith("."):
+                continue
+            untouched = path.suffix == ".safetensors" and path.name not in rewritten
+            if not (untouched and _link(path, part)):
+                shutil.copyfile(path, part / path.name)
         for name, value in edited.items():
             info = checkpoint.tensors[name]
             if (value.shape, value.dtype) != (info.shape, DTYPES[info.dtype]):
