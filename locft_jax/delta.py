@@ -97,7 +97,7 @@ def show(args: argparse.Namespace) -> None:
         console = Console(markup=False, emoji=False, highlight=False)
         console.print(_table(f"{path}, {path.stat().st_size:,} bytes", lines))
         for key, value in _known(delta.metadata):
-            console.print(plain(f"{key:<12} {value}"))
+            console.print(plain(f"{key:<11} {value}"), soft_wrap=True)
 
 
 def _table(title: str, lines: list[Change]) -> Table:
@@ -118,7 +118,7 @@ def _table(title: str, lines: list[Change]) -> Table:
         table.add_column(name, footer, justify="right")
     for c in lines[:ROWS]:
         rank = "-" if c.rank is None else str(c.rank)
-        shape = f"{c.dtype} {list(c.shape)}"
+        shape = f"{c.dtype} " + "x".join(map(str, c.shape))
         table.add_row(
             plain(c.name), shape, f"{c.norm:.3g}", _share(c.norm, c.base_norm), f"{c.largest:.3g}", rank
         )
