@@ -140,8 +140,9 @@ def _known(metadata: Mapping[str, str]) -> Iterable[tuple[str, str]]:
             "made of",
             ", ".join(f"{k} {parent[k]}" for k in ("made_by", "edits", "data_sha256") if k in parent),
         )
-    versions = json.loads(metadata.get("versions", "{}"))
-    yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
+    if "versions" in metadata:
+        versions = json.loads(metadata["versions"])
+        yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def say(text: str) -> None:

@@ -144,7 +144,8 @@ def test_the_delta_and_both_models_hold_the_same_tensors(edit_run, tiny_model_di
     assert (edit_run / "orbax" / "config.json").read_bytes() == base_files["config.json"]
     with safe_open(edit_run / "delta.safetensors", "np") as f:
         metadata = f.metadata()
-    assert set(metadata) == {"fingerprint", "tensors", "config", "data_sha256", "edits", "versions"}
+    told = {"fingerprint", "result", "tensors", "config", "data_sha256", "edits", "versions"}
+    assert set(metadata) == told
     assert json.loads(metadata["config"])["lr"] == 1e-2 and metadata["edits"] == "12"
     assert "locft-jax" in json.loads(metadata["versions"])
 

@@ -27,7 +27,8 @@ class Delta:
 
     new: dict[str, np.ndarray]
     base: dict[str, np.ndarray]
-    metadata: dict[str, str]  # fingerprint, tensors (the base's layout), config, data hash, versions
+    # fingerprint; result (the edited model's); tensors (the layout of both); config, data hash, versions
+    metadata: dict[str, str]
 
     def layout(self) -> Layout | None:
         """Every tensor of the model it was made on; None in a delta of a version that did not say."""
@@ -68,6 +69,7 @@ def assemble(
     tensors = [[name, *layout[name]] for name in sorted(layout)]
     own = {
         "fingerprint": _fingerprint(layout, base),
+        "result": _fingerprint(layout, new),
         "tensors": json.dumps(tensors, separators=(",", ":")),
     }
     return Delta(dict(new), dict(base), {**own, **known})
@@ -134,7 +136,7 @@ def save_delta(delta: Delta, path: Path) -> None:
 
 def load_delta(path: Path) -> Delta:
     """Read a delta. Raises UserError for a file that is missing, corrupt or no delta: its tensors come in
-    pairs, its metadata can be read, and the fingerprint is that of the base tensors in it."""
+    pairs, its metadata can be read, and the fingerprints are those of the tensors in it."""
     try:
         with safe_open(path, "np") as f:
             names = list(f.keys())
@@ -189,6 +191,8 @@ def _check_metadata(path: Path, delta: Delta) -> None:
         _fingerprint(layout, delta.base) != delta.metadata["fingerprint"]
     ):
         raise UserError(f"{path}: its fingerprint is not that of the base tensors in it; the file is damaged")
+    if delta.metadata.get("result") not in (None, _fingerprint(layout, delta.new)):
+        raise UserError(f"{path}: the edited tensors are not those that were saved; the file is damaged")
 
 
 # ---------------------------------------------------------------- does it fit?

@@ -273,31 +273,32 @@ def test_metadata_of_the_wrong_kind(delta, tmp_path, key, value):
     assert f"{path}: its metadata `{key}` is not" in refused(load_delta, path)
 
 
-def test_a_fingerprint_that_is_not_that_of_the_base_tensors(delta, tmp_path):
+def test_fingerprints_that_are_not_those_of_the_tensors(delta, tmp_path):
     path = tmp_path / "d.safetensors"
     listed = json.loads(delta.metadata["tensors"])
     short = json.dumps([row for row in listed if row[0] != DOWN])
     for change in ({"fingerprint": "0" * 64}, {"tensors": "[]"}, {"tensors": short}):
         save_delta(Delta(delta.new, delta.base, {**delta.metadata, **change}), path)
         assert "its fingerprint is not that of the base tensors" in refused(load_delta, path)
+    save_delta(Delta({**delta.new, DOWN: -delta.new[DOWN]}, delta.base, delta.metadata), path)
+    assert "the edited tensors are not those that were saved" in refused(load_delta, path)
 
 
 def test_any_flipped_byte_is_read_or_refused(delta, tmp_path):
-    """A flip in the values of the new tensors alone cannot be seen."""
     path = tmp_path / "d.safetensors"
     save_delta(delta, path)
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     rng = np.random.default_rng(0)
     places = [*rng.integers(0, header, 300), *rng.integers(header, len(whole), 50)]
-    refusals = 0
+    refusals = []
     for place in places:
         path.write_bytes(whole[:place] + bytes([whole[place] ^ rng.integers(1, 256)]) + whole[place + 1 :])
         try:
             load_delta(path)
         except UserError:
-            refusals += 1
-    assert 200 < refusals < len(places)
+            refusals.append(place)
+    assert len(refusals) > 300 and set(places[300:]) <= set(refusals)  # every flip in a value
 
 
 # ---------------------------------------------------------------- the delta between two folders
