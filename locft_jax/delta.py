@@ -49,8 +49,9 @@ def _rewrite(args: argparse.Namespace, edited: bool) -> None:
     check_delta(checkpoint, delta, edited=edited)
     values = delta.base if edited else delta.new
     save_hf(checkpoint, values, args.out)
-    files = {checkpoint.tensors[n].file for n in values}
-    say(f"{args.out}/: {len(values)} tensor(s) rewritten in {', '.join(sorted(files))}")
+    files = {info.file for info in checkpoint.tensors.values()}
+    touched = {checkpoint.tensors[n].file for n in values}
+    say(f"{args.out}/: {len(values)} tensor(s) rewritten, in {len(touched)} of {len(files)} weight file(s)")
 
 
 def diff(args: argparse.Namespace) -> None:

@@ -414,7 +414,7 @@ def test_evaluate_refuses_wrong_input_too(refused, tiny_model_dir, edits_file, e
     assert "no delta of this program" in refused(evaluate, [*model, *data, "--delta", delta])
     edited = ["--model", edit_run / "hf", "--delta", edit_run / "delta.safetensors"]
     message = refused(evaluate, [*data, *edited])
-    assert "is not the one this delta was made on" in message and "layers.2.mlp" in message
+    assert "is not the model that this delta was made on" in message and "layers.2.mlp" in message
 
 
 @pytest.mark.parametrize(
