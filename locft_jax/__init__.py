@@ -3,11 +3,12 @@
 config.py      what a run is
 data/          requests.py (any file -> EditRequest)   tokens.py (texts -> packed batches)
 model/         spec.py   weights.py (the weight table)   decoder.py   sharding.py   hf.py (load, save)
+               delta.py (edited tensors, new and old)   combine.py (merge, compose, measure deltas)
 editing/       site.py   step.py   prefix.py   pipeline.py   run.py (one edit)
 evaluation/    generate.py   answers.py   metrics.py   run.py   report.py
 export.py      delta, orbax, whole folders
 api.py         load_model, edit, evaluate: the commands as functions
-edit.py  evaluate.py   the commands, `python -m locft_jax.NAME`
+edit.py  evaluate.py  delta.py  ask.py   the commands, `python -m locft_jax.NAME`
 demo/          a small world of facts, its generator, and the small model that knows them
 
 A room imports only rooms above it; commands import all of them.

@@ -29,9 +29,9 @@ def save_orbax(checkpoint: Checkpoint, new: Mapping[str, np.ndarray], out: Path)
     shutil.copy2(checkpoint.folder / "config.json", out / "config.json")
 
 
-def check_out(out: Path, overwrite: bool, resume: bool = False) -> None:
+def check_out(out: Path, overwrite: bool, resume: bool = False, proof: str = "report.json") -> None:
     """Refuse, before any work, a folder that holds something or cannot be made. `overwrite` allows
-    one that holds a run's results (report.json), `resume` a run's results or checkpoint: nothing else
+    one that holds results (the file `proof`), `resume` a run's results or checkpoint: nothing else
     is ever deleted. What a killed export left undone is finished or taken back first."""
     recover(out)
     out = out.resolve()
@@ -50,12 +50,24 @@ def check_out(out: Path, overwrite: bool, resume: bool = False) -> None:
             )
         if not (overwrite or resume):
             raise UserError(f"--out: {out} already exists; choose another folder, or add --overwrite")
-        if names - {"checkpoint"} and "report.json" not in names:
+        if names - {"checkpoint"} and proof not in names:
             flag = "--resume" if resume else "--overwrite"
-            raise UserError(f"{flag}: {out} holds no results (no report.json); choose another folder")
+            raise UserError(f"{flag}: {out} holds no results (no {proof}); choose another folder")
     above = out.parent if place == out else place  # results are made beside `out`, then renamed
     if not os.access(above, os.W_OK):
         raise UserError(f"--out: {above} cannot be written; choose another folder")
+
+
+def check_model_out(out: Path, overwrite: bool, source: Path) -> None:
+    """`check_out` for a model folder that is made of the one at `source`, which must outlive it; a folder
+    with others in it is no model folder that was written here."""
+    place, source = out.resolve(), source.resolve()
+    if place == source or place in source.parents:
+        raise UserError(f"--out: {out} would replace the model it is made of; choose another folder")
+    check_out(out, overwrite, proof="config.json")
+    inner = sorted(p.name for p in place.iterdir() if p.is_dir()) if place.exists() else []
+    if inner:
+        raise UserError(f"--overwrite: {out} holds folders ({inner[0]}), not only a model; choose another")
 
 
 def check_file(out: Path, overwrite: bool) -> None:

@@ -23,14 +23,8 @@ def write_jsonl(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 def write_whole_json(out: Path, value: Any) -> None:
     """A JSON file that appears whole or not at all."""
-    part = out.with_name(out.name + ".part")
-    try:
+    with whole_file(out) as part:
         write_json(part, value)
-        sync(part)
-        os.replace(part, out)
-        sync(out.parent)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -40,6 +34,21 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def whole_file(out: Path) -> Iterator[Path]:
+    """A file to write that becomes `out` by renaming when the block ends well; on any error what was at
+    `out` before stays as it was."""
+    out = out.resolve()
+    part, _ = _beside(out)
+    try:
+        yield part
+        sync(part)
+        os.replace(part, out)
+        sync(out.parent)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -85,5 +94,5 @@ def _remove(folder: Path) -> None:
 
 
 def _beside(out: Path) -> tuple[Path, Path]:
-    """Names of the folder being made and of the one it replaces: ours alone, nobody else's."""
+    """Names of what is being made and of the folder it replaces: ours alone, nobody else's."""
     return out.with_name(f".{out.name}.locft-part"), out.with_name(f".{out.name}.locft-old")

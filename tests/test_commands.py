@@ -145,7 +145,8 @@ def test_the_delta_and_both_models_hold_the_same_tensors(edit_run, tiny_model_di
     assert (edit_run / "orbax" / "config.json").read_bytes() == base_files["config.json"]
     with safe_open(edit_run / "delta.safetensors", "np") as f:
         metadata = f.metadata()
-    assert set(metadata) == {"fingerprint", "config", "data_sha256", "edits", "versions"}
+    told = {"fingerprint", "result", "tensors", "config", "data_sha256", "edits", "versions"}
+    assert set(metadata) == told
     assert json.loads(metadata["config"])["lr"] == 1e-2 and metadata["edits"] == "12"
     assert "locft-jax" in json.loads(metadata["versions"])
 
@@ -414,7 +415,7 @@ def test_evaluate_refuses_wrong_input_too(refused, tiny_model_dir, edits_file, e
     assert "no delta of this program" in refused(evaluate, [*model, *data, "--delta", delta])
     edited = ["--model", edit_run / "hf", "--delta", edit_run / "delta.safetensors"]
     message = refused(evaluate, [*data, *edited])
-    assert "is not the one this delta was made on" in message and "layers.2.mlp" in message
+    assert "is not the model that this delta was made on" in message and "layers.2.mlp" in message
 
 
 @pytest.mark.parametrize(
