@@ -93,12 +93,14 @@ def corpus_from_lists(parts: Sequence[Any], target_start: Any, boundary_merges: 
 
 
 def prompt_ids(tokenizer: Any, prompts: Sequence[str], chat_template: bool = False) -> list[list[int]]:
-    """Prompts -> ids as the tokenizer makes them by default (BOS where it adds one); with
-    `chat_template`, as one user message and the opening of the answer."""
+    """Prompts -> ids as the tokenizer makes them by default (BOS where it adds one), without special
+    tokens that would close them; with `chat_template`, as one user message and the opening of the answer.
+    """
     if not prompts:
         return []
     if not chat_template:
-        return tokenizer(list(prompts))["input_ids"]
+        closing = _closing_specials(tokenizer)
+        return [ids[: len(ids) - closing] for ids in tokenizer(list(prompts))["input_ids"]]
     if not tokenizer.chat_template:
         raise UserError("chat_template: this model's tokenizer has no chat template; use chat_template=false")
     messages = [[{"role": "user", "content": p}] for p in prompts]
@@ -140,7 +142,6 @@ def encode_pairs(
         suffix = _closing_specials(tokenizer)
         tails, merges = [], 0
         for i, (head, whole) in enumerate(zip(heads, wholes, strict=True)):
-            head = heads[i] = head[: len(head) - suffix]
             whole = whole[: len(whole) - suffix]
             if whole[: len(head)] == head:
                 tails.append(whole[len(head) :])
