@@ -221,6 +221,7 @@ def _report(
         "edits": len(data.requests),
         "duplicates": data.duplicates,
         "conflicts": len(data.conflicts),
+        "conflicting_prompts": [{"prompt": p, "targets": t} for p, t in data.conflicts.items()],
         "unreachable_targets": sum(unreachable(r.target_new) for r in data.requests),
         "boundary_merges": done.boundary_merges,
         "epochs_run": len(outcome.epoch_losses),
