@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from locft_jax.errors import UserError
+from locft_jax.model.headers import explain
 from locft_jax.model.hf import DTYPES, Checkpoint, read_tensor
 
 BASE = "base::"
@@ -72,7 +73,7 @@ def load_delta(path: Path) -> Delta:
             tensors = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118 (safe_open is no mapping)
             metadata = f.metadata() or {}
     except (SafetensorError, OSError, ValueError) as e:
-        raise UserError(f"{path}: not a readable delta file ({str(e)[:200]})") from None
+        raise UserError(f"{path}: not a readable delta file: {explain(path, e)}") from None
     new = {n: a for n, a in tensors.items() if not n.startswith(BASE)}
     base = {n.removeprefix(BASE): a for n, a in tensors.items() if n.startswith(BASE)}
     if not new or set(new) != set(base) or "fingerprint" not in metadata:

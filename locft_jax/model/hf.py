@@ -17,9 +17,10 @@ import jax
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from locft_jax.errors import UserError
+from locft_jax.model.headers import SIZES, read_header
 from locft_jax.model.sharding import make_mesh, tensor_sharding
 from locft_jax.model.spec import ModelSpec, eos_ids, parse_spec, read_config
 from locft_jax.model.weights import Edits, Weights, locate_tensor, weight_table
@@ -95,20 +96,25 @@ def open_checkpoint(path_or_id: str) -> Checkpoint:
     config = read_config(folder)
     spec = parse_spec(config, str(folder / "config.json"))
     tensors = _headers(folder)
-    missing, wrong = [], []
+    missing = []
+    wrong = [
+        f"{name} has dtype {info.dtype}, which this program cannot copy"
+        for name, info in tensors.items()
+        if info.dtype not in SIZES
+    ]
     for row in weight_table(spec).values():
         for name in row.names():
             if name not in tensors:
                 missing.append(name)
             elif tensors[name].shape != row.shape:
                 wrong.append(f"{name} is {list(tensors[name].shape)}, config.json implies {list(row.shape)}")
-            elif tensors[name].dtype not in DTYPES:
+            elif tensors[name].dtype in SIZES.keys() - DTYPES.keys():
                 wrong.append(f"{name} has dtype {tensors[name].dtype}, supported: {', '.join(DTYPES)}")
     if missing or wrong:
         lines = [f"missing {m}" for m in missing] + wrong
-        more = f"\n  ... and {len(lines) - 20} more" if len(lines) > 20 else ""
+        more = f"\n  ... and {len(lines) - 15} more" if len(lines) > 15 else ""
         raise UserError(
-            f"{folder}: the weights do not match config.json:\n  " + "\n  ".join(lines[:20]) + more
+            f"{folder}: the weights do not match config.json:\n  " + "\n  ".join(lines[:15]) + more
         )
     generation = folder / "generation_config.json"
     eos = eos_ids(config, read_config(generation) if generation.exists() else {})
@@ -141,15 +147,15 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def _headers(folder: Path) -> dict[str, TensorInfo]:
-    tensors = {}
+    tensors: dict[str, TensorInfo] = {}
     for file in weight_files(folder):
-        try:
-            with safe_open(folder / file, "np") as f:
-                for name in f.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    part = f.get_slice(name)
-                    tensors[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
-        except (SafetensorError, OSError, ValueError) as e:
-            raise UserError(f"{folder / file}: not a readable safetensors file ({str(e)[:200]})") from None
+        for name, (shape, dtype) in read_header(folder / file).items():
+            if name in tensors:  # an edit of one would leave the other as it was
+                raise UserError(
+                    f"{folder}: {tensors[name].file} and {file} both hold {name}; "
+                    "leave one of the files, or one whose index names each tensor's file"
+                )
+            tensors[name] = TensorInfo(file, shape, dtype)
     return tensors
 
 
