@@ -87,7 +87,7 @@ def edit(
     config = config or Config()
     data = as_data(requests, config)
     site = choose_site(model.spec, config)
-    corpus = encode_requests(model.tokenizer, data.requests, config, model.spec.max_position)
+    corpus = encode_requests(model.tokenizer, data.requests, config, model.spec)
     seconds: dict[str, float | None] = dict.fromkeys(("load", "before", "edit", "after", "export"))
 
     asked = before = after = None

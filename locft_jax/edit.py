@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(checkpoint)
     mesh = make_mesh(config.mesh)
     site = choose_site(checkpoint.spec, config)
-    encode_requests(tokenizer, data.requests, config, checkpoint.spec.max_position)
+    encode_requests(tokenizer, data.requests, config, checkpoint.spec)
     start = last_delta(earlier.folder, checkpoint, site) if earlier and args.start_from == "last" else None
     run = describe_run(config, data, capability, checkpoint, site, mesh, start)
     if args.resume and finished(out, run):

@@ -54,7 +54,7 @@ def schedule_of(config: Config) -> Schedule:
 
 
 def encode_requests(
-    model_tokenizer: object, requests: Sequence[EditRequest], config: Config, limit: int
+    model_tokenizer: object, requests: Sequence[EditRequest], config: Config, spec: ModelSpec
 ) -> Corpus:
     """Training texts of the requests, EOS included (method.md, An edit). Raises UserError when the
     tokenizer has no EOS to append, or as `encode_pairs` does."""
@@ -67,7 +67,8 @@ def encode_requests(
         [r.target_new for r in requests],
         eos=eos if config.append_eos else None,
         chat_template=config.chat_template,
-        max_length=limit,
+        max_length=spec.max_position,
+        vocab_size=spec.vocab_size,
     )
 
 

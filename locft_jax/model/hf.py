@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
@@ -68,8 +69,8 @@ def find_model(path_or_id: str) -> Path:
 
     Raises UserError when there is neither.
     """
-    folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(path_or_id))
+    if os.path.isdir(folder):  # unlike Path's own, never an error
         return folder
     if path_or_id.count("/") != 1 or path_or_id.startswith((".", "/", "~")):
         raise UserError(
@@ -325,4 +326,30 @@ def load_model(path_or_id: str, weights: str = "checkpoint", mesh: Mapping[str, 
 def load_opened(checkpoint: Checkpoint, tokenizer: Any, mesh: Mesh, weights: str = "checkpoint") -> Model:
     """The model of a checkpoint that has been opened and checked."""
     dtype = {"checkpoint": None, "float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[weights]
-    return Model(checkpoint, load_weights(checkpoint, mesh, dtype), tokenizer, mesh)
+    loaded = load_weights(checkpoint, mesh, dtype)
+    check_finite(checkpoint, loaded)
+    return Model(checkpoint, loaded, tokenizer, mesh)
+
+
+def check_finite(checkpoint: Checkpoint, weights: Weights) -> None:
+    """Raise UserError naming the tensors that hold NaN or infinity (one pass over the weights)."""
+    finite = jax.device_get(_finite(checkpoint.spec, weights))
+    bad = [
+        name
+        for key, row in weight_table(checkpoint.spec).items()
+        for name, good in zip(row.names(), np.atleast_1d(finite[key]), strict=True)
+        if not good
+    ]
+    if bad:
+        lines = "\n  ".join(bad[:15]) + (f"\n  ... and {len(bad) - 15} more" if len(bad) > 15 else "")
+        raise UserError(
+            f"{checkpoint.folder}: NaN or infinity (as {weights['embed'].dtype}) in these tensors; "
+            f"fetch or make the model again:\n  {lines}"
+        )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _finite(spec: ModelSpec, weights: Weights) -> dict[str, jax.Array]:
+    """Whether all elements of each tensor are finite: {key: [L] or scalar, bool}."""
+    layers = {key: row.layers for key, row in weight_table(spec).items()}
+    return {k: jnp.isfinite(a).all(axis=tuple(range(bool(layers[k]), a.ndim))) for k, a in weights.items()}
