@@ -7,9 +7,10 @@ passes through torch. Saving rewrites only the files that hold edited tensors.
 import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,11 @@ class Checkpoint:
     def dtype(self) -> Any:
         """numpy dtype of the matrices: that of the embedding."""
         return DTYPES[self.tensors["model.embed_tokens.weight"].dtype]
+
+    def nbytes(self, names: Iterable[str] | None = None) -> int:
+        """Bytes of these tensors (default: of all) as the checkpoint stores them."""
+        infos = self.tensors.values() if names is None else (self.tensors[n] for n in names)
+        return sum(math.prod(info.shape) * SIZES[info.dtype] for info in infos)
 
 
 def find_model(path_or_id: str) -> Path:
@@ -325,10 +331,14 @@ def load_model(path_or_id: str, weights: str = "checkpoint", mesh: Mapping[str, 
 
 def load_opened(checkpoint: Checkpoint, tokenizer: Any, mesh: Mesh, weights: str = "checkpoint") -> Model:
     """The model of a checkpoint that has been opened and checked."""
-    dtype = {"checkpoint": None, "float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[weights]
-    loaded = load_weights(checkpoint, mesh, dtype)
+    loaded = load_weights(checkpoint, mesh, frozen_dtype(checkpoint, weights))
     check_finite(checkpoint, loaded)
     return Model(checkpoint, loaded, tokenizer, mesh)
+
+
+def frozen_dtype(checkpoint: Checkpoint, weights: str) -> Any:
+    """numpy dtype of the frozen weights for the key `weights`."""
+    return {"checkpoint": checkpoint.dtype, "float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[weights]
 
 
 def check_finite(checkpoint: Checkpoint, weights: Weights) -> None:
