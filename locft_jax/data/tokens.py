@@ -157,7 +157,8 @@ def encode_pairs(
                 tails.append(_target_alone(tokenizer, head, targets[i], texts[i]))
     parts, starts = [], []
     for prompt, target, head, tail in zip(prompts, targets, heads, tails, strict=True):
-        if not head or not tail:
+        # What the vocabulary lacks may vanish, and leave the space before it.
+        if not head or not tail or (len(tail) <= 2 and not tokenizer.decode(tail).strip()):
             what = "prompt" if not head else "target"
             raise UserError(f"data: the {what} of {prompt!r} -> {target!r} has no tokens in this vocabulary")
         parts.append([*head, *tail] + ([] if eos is None else [eos]))
