@@ -4,6 +4,7 @@ place and the remedy, nothing written, no weight read. And what is counted inste
 import gzip
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,13 +14,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from locft_jax.commands import run_command
+from locft_jax.data.requests import read_requests
 from locft_jax.edit import main as edit
-from locft_jax.errors import printable
+from locft_jax.errors import one_screen, printable
 from locft_jax.evaluate import main as evaluate
-from locft_jax.model import hf
+from locft_jax.model import hf, memory
+from locft_jax.model.memory import Room
 
 QUICK = {"evaluate": "false", "num_steps": 1, "export": "[]"}
 GOOD = {"prompt": "The capital of Oredal is", "target_new": "Vintown"}
+MODULE = "model.layers.{}.mlp.down_proj.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ESCAPE = "\x1b[2J\x1b[31m\x9b1mx\x07"
@@ -383,3 +387,185 @@ def test_texts_that_tokenize_to_nothing(refused, edit_arguments, tiny_model_dir,
     (tmp_path / "e.jsonl").write_bytes(lines(record))
     changes = {"model_name_or_path": folder, "data_path": tmp_path / "e.jsonl"}
     assert said in refused(edit, edit_arguments(tmp_path / "out", **changes))
+
+
+def test_a_chat_template_that_fails(refused, edit_arguments, tiny_model_dir, tmp_path):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    for template in ("{{ raise_exception('no users here') }}", "{% if %}", "{{ messages[9].content }}"):
+        (folder / "chat_template.jinja").write_text(template)
+        changes = {"model_name_or_path": folder, "chat_template": "true"}
+        message = refused(edit, edit_arguments(tmp_path / "out", **changes))
+        assert "this model's template fails (" in message and "chat_template=false" in message
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite(refused, edit_arguments, edits_file, tiny_model_dir, tmp_path, value):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+
+    def spoil(found: dict[str, np.ndarray]) -> None:
+        found[DOWN][3, 5] = found["model.norm.weight"][31] = value
+
+    tensors(spoil)(folder)
+    for command, arguments in (
+        (edit, edit_arguments(tmp_path / "out", model_name_or_path=folder)),
+        (evaluate, ["--model", folder, "--data", edits_file, "--out", tmp_path / "out"]),
+    ):
+        message = refused(command, arguments, loads=True)
+        assert f"{folder}: NaN or infinity (as float32) in these tensors" in message
+        assert [line.strip() for line in message.splitlines()[1:]] == [DOWN, "model.norm.weight"]
+
+
+# ---------------------------------------------------------------- memory and disk
+
+
+LAYER = {"rewrite_module": "model.layers.{}"}
+
+
+@pytest.mark.parametrize(
+    ("kib", "shared", "changes", "remedy"),
+    [
+        (150, False, {}, "use mesh={data: 4, model: 2}"),
+        (150, True, {}, "use weights=bfloat16"),
+        (80, False, LAYER, "use mesh={data: 2, model: 4} and weights=bfloat16"),
+        (130, True, LAYER, f"use weights=bfloat16 and rewrite_module={MODULE} in one layer"),
+        (26, False, {}, "or 16 such devices with mesh={data: 1, model: 16}"),
+        (0, False, {}, "even weights=bfloat16 and the smallest site need 0."),
+    ],
+)
+def test_memory(refused, edit_arguments, tmp_path, monkeypatch, kib, shared, changes, remedy):
+    monkeypatch.setattr(memory, "device_memory", lambda mesh: Room(kib * 1024, shared))
+    changes = {"rewrite_module": MODULE, **changes}
+    message = refused(edit, edit_arguments(tmp_path / "out", **changes))
+    assert "memory: 0." in message and "weights, " in message and "tuned state" in message
+    assert f"but {kib:.2f} KiB are free" in message or "MiB are free" in message
+    assert remedy in message, message
+
+
+def test_memory_to_evaluate(refused, edits_file, tiny_model_dir, monkeypatch):
+    monkeypatch.setattr(memory, "device_memory", lambda mesh: Room(1024, False))
+    assert "weights), but 1.00 KiB are free" in refused(
+        evaluate, ["--model", tiny_model_dir, "--data", edits_file]
+    )
+
+
+@pytest.mark.parametrize(
+    ("kib", "export", "remedy"),
+    [
+        (400, "[hf, delta, orbax]", "use export=[hf, delta], or an --out on another disk"),
+        (200, "[hf, delta, orbax]", "use export=[delta], or an --out on another disk"),
+        (200, "hf", "make room, or use an --out on another disk"),
+        (10, "delta", "make room, or use an --out on another disk"),
+    ],
+)
+def test_disk(refused, edit_arguments, tmp_path, monkeypatch, kib, export, remedy):
+    usage = shutil.disk_usage(tmp_path)._replace(free=kib * 1024)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
+    changes = {"rewrite_module": MODULE, "export": export}
+    message = refused(edit, edit_arguments(tmp_path / "out", **changes))
+    assert f"--out: {tmp_path} has " in message and "the results need about" in message
+    assert remedy in message, message
+
+
+# ---------------------------------------------------------------- what is counted instead
+
+
+def report_of(out: Path) -> dict[str, Any]:
+    return json.loads((out / "report.json").read_text())
+
+
+def test_what_is_counted(edit_arguments, tiny_model_dir, tmp_path, capsys):
+    """Duplicates, conflicts, unreachable targets and merges across the boundary, in one run."""
+    merging = write_letters(shutil.copytree(tiny_model_dir, tmp_path / "model"), [("?", "Ġ")])
+    data = tmp_path / "e.jsonl"
+    pairs = [
+        ("Who?", "Mira"),
+        ("Who?", f"Hana{ESCAPE}"),
+        ("Who?", "Mira"),
+        ("Where", "St. Oredal"),
+        ("Who?", "x"),
+    ]
+    data.write_bytes(lines(*({"prompt": p, "target_new": t} for p, t in pairs)))
+    for keep, edits in (("keep", 4), ("last", 2)):
+        out = tmp_path / keep
+        changes = {"model_name_or_path": merging, "data_path": data, "on_conflict": keep, **QUICK}
+        assert run_command(edit, edit_arguments(out, **changes)) == 0
+        report = report_of(out)
+        counts = [report[k] for k in ("edits", "duplicates", "conflicts", "unreachable_targets")]
+        assert counts == [edits, 1, 1, 1]
+        assert report["boundary_merges"] == edits - 1
+        targets = ["Mira", f"Hana{ESCAPE}", "x"]
+        assert report["conflicting_prompts"] == [{"prompt": "Who?", "targets": targets}]
+        shown = capsys.readouterr().out
+        assert "note: 1 exact duplicates" in shown and "note: 1 targets that the stop rule" in shown
+        assert f"note: {edits - 1} prompts whose end would merge" in shown
+        assert "note: 1 prompts with several targets" in shown and "  Who? -> Mira, Hana" in shown
+        assert all(c.isprintable() or c == "\n" for c in shown)
+
+
+def test_memory_that_may_not_suffice_is_said_and_the_run_goes_on(
+    edit_arguments, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(memory, "device_memory", lambda mesh: Room(2**18, False))
+    monkeypatch.setattr(sys.modules["locft_jax.editing.run"], "host_memory", lambda: 2**10)
+    changes = {"rewrite_module": MODULE, **QUICK, "export": "[orbax]"}
+    assert run_command(edit, edit_arguments(tmp_path / "out", **changes)) == 0
+    shown = capsys.readouterr().err
+    assert "note: memory may not suffice" in shown and "batch_size=1 would be safer" in shown
+    assert "note: the orbax export gathers" in shown and "export=[hf, delta] needs less" in shown
+
+
+def test_counterfact_has_five_conflicting_prompts(shared_data, edit_arguments, tmp_path, capsys):
+    data = shared_data / "counterfact" / "counterfact_3k.json"
+    changes = {"data_path": data, "rewrite_module": MODULE, "batch_size": 1000, "row_length": 256, **QUICK}
+    assert run_command(edit, edit_arguments(tmp_path / "out", capability_data="[]", **changes)) == 0
+    report = report_of(tmp_path / "out")
+    assert (report["edits"], report["conflicts"], report["duplicates"]) == (3000, 5, 0)
+    found = report["conflicting_prompts"]
+    assert len({c["prompt"] for c in found}) == 5
+    assert sorted(len(set(c["targets"])) for c in found) == sorted(len(c["targets"]) for c in found)
+    shown = capsys.readouterr().out
+    assert "note: 5 prompts with several targets" in shown
+    assert all(f"  {c['prompt']} -> {', '.join(c['targets'][:3])}" in shown for c in found)
+    last = read_requests(str(data), on_conflict="last")
+    assert 3000 - len(last.requests) == sum(len(c["targets"]) - 1 for c in found)
+
+
+def test_counterfact_conflicts_as_an_error(refused, shared_data, edit_arguments, tmp_path):
+    data = shared_data / "counterfact" / "counterfact_3k.json"
+    message = refused(edit, edit_arguments(tmp_path / "out", data_path=data, on_conflict="error"))
+    assert "(5)" in message and message.count(" -> ") == 5 and "keep or last" in message
+
+
+# ---------------------------------------------------------------- one screen, nothing but text
+
+
+def test_messages_fit_a_screen_and_keep_their_end():
+    assert one_screen("a\nb") == "a\nb"
+    long = one_screen("first " + "x" * 10_000 + " remedy")
+    assert rows(long) <= 12 and long.startswith("first x") and long.endswith("x remedy")
+    many = one_screen("\n".join(map(str, range(100))) + "\nremedy")
+    assert rows(many) == 22 and many.splitlines()[:2] == ["0", "1"]
+    assert many.splitlines()[-2:] == ["... (80 more lines)", "remedy"]
+    both = one_screen("\n".join("x" * 1000 for _ in range(50)) + "\nremedy")
+    assert rows(both) <= 22 and both.endswith("\nremedy")
+
+
+def test_nothing_but_text_reaches_the_terminal(capsys):
+    def main(argv):
+        raise OSError(f"{ESCAPE}\u202e\nsecond line\ttab é ﷺ")
+
+    assert run_command(main, []) == 1
+    said = capsys.readouterr().err
+    assert said == "failed:  [2J [31m 1mx  \nsecond line tab é ﷺ\n"
+
+
+def test_a_device_without_memory_left_is_no_traceback(capsys):
+    def main(argv):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBufferAssignment: ...")
+
+    assert run_command(main, []) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("failed: the device has no memory left (RESOURCE_EXHAUSTED: Out of memory")
+    assert "batch_size" in said and rows(said) < 5
+    with pytest.raises(RuntimeError, match="other"):
+        run_command(lambda argv: (_ for _ in ()).throw(RuntimeError("other")), [])
