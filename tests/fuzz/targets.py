@@ -1,5 +1,6 @@
 """What is fuzzed: for each reader of user input a strategy of near-valid and of arbitrary inputs, and a
-check. A reader may refuse with a UserError, or succeed and keep its promises; nothing else."""
+check, which says whether the input was accepted. A reader may refuse with a UserError, or succeed and keep
+its promises; nothing else."""
 
 import contextlib
 import gzip
@@ -151,10 +152,26 @@ near = st.recursive(
     lambda v: st.one_of(st.lists(v, max_size=3), st.dictionaries(names, v, max_size=3)),
     max_leaves=6,
 )
-good = st.fixed_dictionaries({"prompt": st.sampled_from(["Who?", "a ", "b"]), "target_new": words})
-records = st.one_of(
-    good,
-    st.builds(lambda a, b: {**a, **b}, good, st.dictionaries(names, near, max_size=3)),
+some = st.sampled_from(["Who?", "a ", " a", "b", "é.", "1\u2028"])
+probe = st.fixed_dictionaries({}, optional={"prompt": some, "ground_truth": st.one_of(some, st.lists(some))})
+good = st.one_of(
+    st.fixed_dictionaries(
+        {"prompt": some, "target_new": some},
+        optional={
+            "rephrase_prompts": st.lists(some, max_size=2),
+            "locality_prompt": some,
+            "locality_ground_truth": some,
+            "portability": st.one_of(st.lists(probe, max_size=2), st.dictionaries(names, probe, max_size=2)),
+            "case_id": st.one_of(some, st.integers(0, 9)),
+        },
+    ),
+    st.fixed_dictionaries({"src": some, "alt": st.lists(some, min_size=1, max_size=2), "loc": some}),
+    st.fixed_dictionaries({"instruction": some, "answer": some, "task": some}),
+    st.fixed_dictionaries({"question": some, "choices": st.just(["a", "b"]), "answer": st.integers(-1, 3)}),
+)
+odd = st.one_of(
+    st.builds(lambda a, b: {**a, **b}, good, st.dictionaries(names, near, max_size=2)),
+    st.builds(lambda a, b: {**a, b: None}, good, names),
     st.dictionaries(names, near, max_size=5),
     values,
 )
@@ -169,23 +186,33 @@ def as_json(value: Any) -> bytes:
 def data_files(draw: Any) -> tuple[str, bytes]:
     """(file name, bytes) of a data file."""
     kind = draw(st.sampled_from([".json", ".jsonl", ".csv"]))
-    found = draw(st.lists(records, max_size=4))
+    found = draw(st.lists(good, max_size=4))
+    if draw(st.booleans()):
+        found.insert(draw(st.integers(0, len(found))), draw(odd))
     if kind == ".json":
         raw = as_json(draw(st.sampled_from([found, {"data": found}, found[0] if found else {}])))
     elif kind == ".jsonl":
         raw = b"\n".join(map(as_json, found))
     else:
-        columns = draw(st.lists(names, min_size=1, max_size=4))
-        cells = [[draw(st.one_of(words, any_text)) for _ in columns] for _ in range(draw(st.integers(0, 3)))]
+        columns = draw(st.one_of(st.just(["prompt", "target_new"]), st.lists(names, min_size=1, max_size=4)))
+        cell = st.one_of(some, some, words, any_text)
+        cells = [[draw(cell) for _ in columns] for _ in range(draw(st.integers(0, 3)))]
         quoted = lambda row: ",".join('"' + c.replace('"', '""') + '"' for c in row)  # noqa: E731
         raw = "\n".join(map(quoted, [columns, *cells])).encode("utf-8", "replace")
-    raw = draw(st.one_of(st.just(raw), mutated(raw), st.binary(max_size=60)))
+    raw = draw(st.one_of(st.just(raw), st.just(raw), mutated(raw), st.binary(max_size=60)))
     if draw(st.integers(0, 9)) == 0:
         kind, raw = kind + ".gz", draw(mutated(gzip.compress(raw, mtime=0)))
     return "data" + kind, raw
 
 
 KEYS = [*config_to_dict(Config()), "learning_rate", "layers", ""]
+VALID = [
+    "model_name_or_path: ./m", "data_path: demo:edits.jsonl", "num_edits: null", "layer: [2, 0]", "layer: 3",
+    "rewrite_module: [model.layers.1.mlp, lm_head]", "lr: 5e-4", "batch_size: 1_0", "device: 0", "seed: 7",
+    "on_conflict: last", "weights: bfloat16", "mesh: {data: 2, model: -1}", "prefix_cache: off",
+    "memory_budget: .5", "capability_data: [a.json, b.json]", "checkpoint_every: 5 min", "export: []",
+    "save_model_dir: ~/x", "evaluate: no", "rewrite_module: layers.{}.self_attn",
+]  # fmt: skip
 settings_values = st.one_of(
     leaves,
     st.sampled_from(
@@ -204,12 +231,16 @@ def as_setting(value: Any) -> str:
 @st.composite
 def config_files(draw: Any) -> tuple[bytes, list[str]]:
     """(bytes of a YAML file, overrides)."""
-    pairs = draw(st.lists(st.tuples(st.sampled_from(KEYS), settings_values), max_size=4))
-    text = "model_name_or_path: m\n" + "".join(f"{k}: {as_setting(v)}\n" for k, v in pairs)
-    raw = text.encode("utf-8", "surrogatepass")
-    raw = draw(st.one_of(st.just(raw), mutated(raw), st.binary(max_size=60)))
-    changes = st.builds(lambda k, v: f"{k}={as_setting(v)}", st.sampled_from(KEYS), settings_values)
-    return raw, draw(st.lists(st.one_of(changes, any_text), max_size=3))
+    found = draw(st.lists(st.sampled_from(VALID), max_size=4, unique_by=lambda pair: pair.split(":")[0]))
+    odd = st.builds(lambda k, v: f"{k}: {as_setting(v)}", st.sampled_from(KEYS), settings_values)
+    if draw(st.booleans()):
+        found.append(draw(odd))
+    raw = "".join(f"{pair}\n" for pair in found).encode("utf-8", "surrogatepass")
+    raw = draw(st.one_of(st.just(raw), st.just(raw), mutated(raw), st.binary(max_size=60)))
+    right = st.sampled_from(VALID).map(lambda pair: pair.replace(": ", "=", 1))
+    wrong = st.one_of(odd.map(lambda pair: pair.replace(": ", "=", 1)), any_text)
+    overrides = ["model_name_or_path=m"] * draw(st.integers(0, 1)) + draw(st.lists(right, max_size=2))
+    return raw, overrides + draw(st.lists(wrong, max_size=1))
 
 
 @st.composite
@@ -230,7 +261,7 @@ def changed_tensors(draw: Any, raw: bytes) -> bytes:
     """A safetensors file with its header's fields changed, or its bytes mutated."""
     size = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + size])
-    for _ in range(draw(st.integers(0, 2))):
+    for _ in range(draw(st.sampled_from([0, 0, 1, 2]))):
         name = draw(st.sampled_from(sorted(header)))
         field = draw(st.sampled_from(["data_offsets", "shape", "dtype", "", "rename", "remove"]))
         small = st.lists(st.integers(-1, 3000), max_size=3)
@@ -248,6 +279,9 @@ def changed_tensors(draw: Any, raw: bytes) -> bytes:
     text = as_json(header)
     length = draw(st.sampled_from([len(text)] * 8 + [0, 1, 2**40, 2**64 - 1]))
     made = length.to_bytes(8, "little") + text + raw[8 + size :]
+    if draw(st.booleans()):  # the tensors' own bytes
+        at = draw(st.integers(8 + len(text), max(8 + len(text), len(made) - 1)))
+        made = made[:at] + draw(st.binary(min_size=1, max_size=1)) + made[at + 1 :]
     return draw(st.one_of(st.just(made), mutated(made)))
 
 
@@ -287,7 +321,7 @@ texts = st.one_of(
 # ---------------------------------------------------------------- checks
 
 
-def check_data(place: Place, value: Any) -> None:
+def check_data(place: Place, value: Any) -> bool:
     """Requests and capability items of a file."""
     (name, raw), on_conflict, limit = value
     path = place.folder / name
@@ -298,7 +332,7 @@ def check_data(place: Place, value: Any) -> None:
         assert not item.choices or item.answer in item.choices
     data = attempt(read_requests, str(path), limit, on_conflict)
     if data is None:
-        return
+        return False
     assert 0 < len(data.requests) <= (limit or math.inf) and data.duplicates >= 0
     said = [(r.prompt.strip(), r.target_new.strip()) for r in data.requests]
     assert len(set(said)) == len(said) and all(p and t for p, t in said)
@@ -311,9 +345,10 @@ def check_data(place: Place, value: Any) -> None:
     lines = [json.loads(json.dumps(to_record(r))) for r in data.requests]
     json.dumps(lines, ensure_ascii=False).encode()
     assert requests_from_records(lines, None, on_conflict).requests == data.requests
+    return True
 
 
-def check_config(place: Place, value: Any) -> None:
+def check_config(place: Place, value: Any) -> bool:
     """A config file and overrides."""
     raw, overrides = value
     path = place.folder / "run.yaml"
@@ -321,15 +356,16 @@ def check_config(place: Place, value: Any) -> None:
     attempt(load_config, None, overrides)
     config = attempt(load_config, path, overrides)
     if config is None:
-        return
+        return False
     values = config_to_dict(config)
     assert config_from_dict(json.loads(json.dumps(values)), "again") == config
     layers = attempt(resolve_layers, config, 4)
     assert layers is None or (layers and all(0 <= l < 4 for l in layers))
     assert config.name
+    return True
 
 
-def check_model(place: Place, files: Any) -> None:
+def check_model(place: Place, files: Any) -> bool:
     """A model folder."""
     model = place.folder / "damaged"
     shutil.rmtree(model, ignore_errors=True)
@@ -338,7 +374,7 @@ def check_model(place: Place, files: Any) -> None:
         (model / name).write_bytes(raw)
     checkpoint = attempt(open_checkpoint, str(model))
     if checkpoint is None:
-        return
+        return False
     for row in weight_table(checkpoint.spec).values():
         for name in row.names():
             value = read_tensor(checkpoint, name)
@@ -347,9 +383,10 @@ def check_model(place: Place, files: Any) -> None:
     everything = (read_tensor(checkpoint, name) for name in checkpoint.tensors)
     assert sum(value.nbytes for value in everything) == checkpoint.nbytes()
     assert all(e >= 0 for e in checkpoint.eos)
+    return True
 
 
-def check_tokens(place: Place, value: Any) -> None:
+def check_tokens(place: Place, value: Any) -> bool:
     """Prompts and targets, tokenized together."""
     name, pairs, with_eos = value
     tokenizer = place.tokenizers[name]
@@ -358,7 +395,7 @@ def check_tokens(place: Place, value: Any) -> None:
     limits = {"max_length": 64, "vocab_size": len(tokenizer)}
     corpus = attempt(encode_pairs, tokenizer, prompts, targets, eos=eos, **limits)
     if corpus is None:
-        return
+        return False
     assert len(corpus) == len(pairs) and 0 <= corpus.boundary_merges <= len(pairs)
     assert (corpus.target_start >= 1).all() and (corpus.target_lengths >= 1 + with_eos).all()
     assert (corpus.lengths <= 64).all() and corpus.tokens.min() >= 0 and corpus.tokens.max() < len(tokenizer)
@@ -377,15 +414,16 @@ def check_tokens(place: Place, value: Any) -> None:
         if name == "bytes":  # nothing is lost in it
             assert tokenizer.decode(head + tail) == prompt + spaced(target)
     assert merges == corpus.boundary_merges
+    return True
 
 
-def check_delta_file(place: Place, raw: Any) -> None:
+def check_delta_file(place: Place, raw: Any) -> bool:
     """A delta, and whether it fits the model."""
     path = place.folder / "changed.safetensors"
     path.write_bytes(raw)
     delta = attempt(load_delta, path)
     if delta is None:
-        return
+        return False
     assert delta.new and set(delta.new) == set(delta.base)
     for name, value in delta.new.items():
         assert value.shape == delta.base[name].shape and value.dtype in map(np.dtype, DTYPES.values())
@@ -394,11 +432,12 @@ def check_delta_file(place: Place, raw: Any) -> None:
     again = load_delta(path)
     assert again.metadata == delta.metadata
     assert all(again.new[n].tobytes() == delta.new[n].tobytes() for n in delta.new)
+    return True
 
 
 class Target(NamedTuple):
     strategy: st.SearchStrategy[Any]
-    check: Callable[[Place, Any], None]
+    check: Callable[[Place, Any], bool]  # whether the input was accepted
     share: float  # of all inputs
 
 

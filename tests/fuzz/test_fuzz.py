@@ -20,6 +20,7 @@ TOTAL = int(os.environ.get("LOCFT_FUZZ", 400))
 SEED = int(os.environ.get("LOCFT_FUZZ_SEED", 0))
 CHUNK = 2000  # inputs of one hypothesis run, which remembers all of them
 COUNTS: Counter[str] = Counter()
+ACCEPTED: Counter[str] = Counter()
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +49,16 @@ def test_fuzz(place: Place, capsys: pytest.CaptureFixture[str], name: str) -> No
         @settings(max_examples=min(CHUNK, wanted - COUNTS[name]), **options)
         @given(target.strategy)
         def one(value: Any) -> None:
-            target.check(place, value)
+            ACCEPTED[name] += target.check(place, value)
             COUNTS[name] += 1
 
         one()
         chunk += 1
+    assert 0 < ACCEPTED[name] < COUNTS[name] or TOTAL < 400  # both ways are taken
     if "LOCFT_FUZZ" in os.environ:
         with capsys.disabled():
-            print(f"\nfuzz: {name}: {COUNTS[name]:,} inputs checked; {COUNTS.total():,} in all", flush=True)
+            print(
+                f"\nfuzz: {name}: {COUNTS[name]:,} inputs checked, {ACCEPTED[name]:,} of them accepted; "
+                f"{COUNTS.total():,} inputs in all",
+                flush=True,
+            )
