@@ -87,7 +87,7 @@ def edit(
     config = config or Config()
     data = as_data(requests, config)
     site = choose_site(model.spec, config)
-    corpus = encode_requests(model.tokenizer, data.requests, config, model.spec.max_position)
+    corpus = encode_requests(model.tokenizer, data.requests, config, model.spec)
     seconds: dict[str, float | None] = dict.fromkeys(("load", "before", "edit", "after", "export"))
 
     asked = before = after = None
@@ -221,6 +221,7 @@ def _report(
         "edits": len(data.requests),
         "duplicates": data.duplicates,
         "conflicts": len(data.conflicts),
+        "conflicting_prompts": [{"prompt": p, "targets": t} for p, t in data.conflicts.items()],
         "unreachable_targets": sum(unreachable(r.target_new) for r in data.requests),
         "boundary_merges": done.boundary_merges,
         "epochs_run": len(outcome.epoch_losses),

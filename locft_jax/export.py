@@ -1,17 +1,19 @@
 """What a run leaves behind, apart from model/hf.py and model/delta.py: the orbax checkpoint, and where
 results may go."""
 
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from locft_jax.editing.checkpoint import saved_something
+from locft_jax.editing.checkpoint import KEPT, saved_something
 from locft_jax.errors import UserError, reason
 from locft_jax.files import recover
 from locft_jax.model.hf import Checkpoint, read_tensor
+from locft_jax.model.memory import as_text
 
 
 def save_orbax(checkpoint: Checkpoint, new: Mapping[str, np.ndarray], out: Path) -> None:
@@ -68,6 +70,33 @@ def check_model_out(out: Path, overwrite: bool, source: Path) -> None:
     inner = sorted(p.name for p in place.iterdir() if p.is_dir()) if place.exists() else []
     if inner:
         raise UserError(f"--overwrite: {out} holds folders ({inner[0]}), not only a model; choose another")
+
+
+def check_space(out: Path, checkpoint: Checkpoint, site: Sequence[str], wanted: Sequence[str]) -> None:
+    """Refuse, before any work, a disk on which the results (of the kinds `wanted`) will not fit. Their
+    sizes are upper bounds: orbax compresses."""
+    files = [p for p in checkpoint.folder.iterdir() if p.is_file() and not p.name.startswith(".")]
+    sizes = {
+        "hf": sum(p.stat().st_size for p in files),
+        "delta": 2 * checkpoint.nbytes(site),
+        "orbax": checkpoint.nbytes(),
+    }
+    # The master and two moments in float32, of the checkpoints kept and the one being written.
+    state = 12 * sum(math.prod(checkpoint.tensors[n].shape) for n in site) * (KEPT + 1)
+    place = out.resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    needed = lambda kinds: state + sum(sizes[k] for k in kinds)  # noqa: E731
+    if needed(wanted) <= free:
+        return
+    parts = ", ".join(f"{k} {as_text(sizes[k])}" for k in wanted)
+    fewer = [k for k in (["hf", "delta"], ["delta"]) if set(k) < set(wanted) and needed(k) <= free]
+    remedy = f"use export=[{', '.join(fewer[0])}], or" if fewer else "make room, or use"
+    raise UserError(
+        f"--out: {place} has {as_text(free)} left, the results need about {as_text(needed(wanted))} "
+        f"({parts}, checkpoints while it runs {as_text(state)}); {remedy} an --out on another disk"
+    )
 
 
 def check_file(out: Path, overwrite: bool) -> None:

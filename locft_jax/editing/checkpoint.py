@@ -195,7 +195,9 @@ def base_digest(checkpoint: Checkpoint, site: Sequence[str]) -> str:
     for file in sorted({info.file for info in checkpoint.tensors.values()}):
         with safe_open(checkpoint.folder / file, "np") as f:
             for name in sorted(n for n, info in checkpoint.tensors.items() if info.file == file):
-                sha256.update(f.get_slice(name)[:1].tobytes())
+                # A buffer without elements or dimensions has no first row.
+                whole = not checkpoint.tensors[name].shape or 0 in checkpoint.tensors[name].shape
+                sha256.update((f.get_tensor(name) if whole else f.get_slice(name)[:1]).tobytes())
     return sha256.hexdigest()
 
 

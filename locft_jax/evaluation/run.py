@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from locft_jax.data.capability import CapabilityItem
-from locft_jax.data.tokens import encode_pairs, prompt_ids
+from locft_jax.data.tokens import check_prompts, encode_pairs, prompt_ids
 from locft_jax.evaluation.answers import answer, score_corpus
 from locft_jax.evaluation.metrics import KINDS, NEW_TOKENS, Probe, cut, matches, rate, stop_tables
 from locft_jax.model.hf import Model
+from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits
 
 CAPABILITY = "capability"
@@ -56,6 +57,32 @@ def prepare(
         ids = pairs.tokens[pairs.offsets[row] : pairs.offsets[row + 1]].tolist()
         prompts[i], guesses[i] = ids[: pairs.target_start[row]], ids[pairs.target_start[row] :]
     return Asked(every, prompts, guesses, choices)
+
+
+def check_probes(
+    tokenizer: Any,
+    spec: ModelSpec,
+    probes: Sequence[Probe],
+    capability: Sequence[CapabilityItem],
+    chat_template: bool = False,
+) -> None:
+    """Raise UserError, before any weight is loaded, for what could not be asked: texts without tokens,
+    longer than the model's context, or beyond its vocabulary."""
+    known = [(p.prompt, p.target) for p in probes if p.target]
+    known += [(item.prompt, item.answer) for item in capability]
+    choices = [(item.prompt, c) for item in capability for c in item.choices]
+    for pairs, template in ((known, chat_template), (choices, False)):
+        prompts, targets = [p for p, _ in pairs], [t for _, t in pairs]
+        encode_pairs(
+            tokenizer,
+            prompts,
+            targets,
+            chat_template=template,
+            max_length=spec.max_position,
+            vocab_size=spec.vocab_size,
+        )
+    unknown = [p.prompt for p in probes if not p.target]
+    check_prompts(tokenizer, unknown, chat_template, spec.max_position, spec.vocab_size)
 
 
 def ask(

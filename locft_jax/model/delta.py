@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from locft_jax import __version__
 from locft_jax.errors import UserError
+from locft_jax.model.headers import explain
 from locft_jax.model.hf import DTYPES, Checkpoint, read_raw, read_tensor
 
 BASE = "base::"
@@ -144,7 +145,7 @@ def load_delta(path: Path) -> Delta:
             metadata = f.metadata() or {}
             tensors = {n: f.get_tensor(n) for n in names if dtypes[n] in DTYPES}
     except (SafetensorError, OSError, ValueError) as e:
-        raise UserError(f"{path}: not a readable delta file ({str(e)[:200]})") from None
+        raise UserError(f"{path}: not a readable delta file: {explain(path, e)}") from None
     new = {n for n in names if not n.startswith(BASE)}
     base = {n.removeprefix(BASE) for n in names if n.startswith(BASE)}
     if not new or new != base or "fingerprint" not in metadata or not all(n.isprintable() for n in new):

@@ -7,20 +7,23 @@ passes through torch. Saving rewrites only the files that hold edited tensors.
 import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from locft_jax.errors import UserError
 from locft_jax.files import whole_folder
+from locft_jax.model.headers import SIZES, read_header
 from locft_jax.model.sharding import make_mesh, tensor_sharding
 from locft_jax.model.spec import ModelSpec, eos_ids, parse_spec, read_config
 from locft_jax.model.weights import Edits, Weights, locate_tensor, weight_table
@@ -62,14 +65,19 @@ class Checkpoint:
         """numpy dtype of the matrices: that of the embedding."""
         return DTYPES[self.tensors["model.embed_tokens.weight"].dtype]
 
+    def nbytes(self, names: Iterable[str] | None = None) -> int:
+        """Bytes of these tensors (default: of all) as the checkpoint stores them."""
+        infos = self.tensors.values() if names is None else (self.tensors[n] for n in names)
+        return sum(math.prod(info.shape) * SIZES[info.dtype] for info in infos)
+
 
 def find_model(path_or_id: str) -> Path:
     """A local folder, or a Hub id that is downloaded (safetensors, JSON and tokenizer files only).
 
     Raises UserError when there is neither.
     """
-    folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(path_or_id))
+    if os.path.isdir(folder):  # unlike Path's own, never an error
         return folder
     if path_or_id.count("/") != 1 or path_or_id.startswith((".", "/", "~")):
         raise UserError(
@@ -96,20 +104,25 @@ def open_checkpoint(path_or_id: str) -> Checkpoint:
     config = read_config(folder)
     spec = parse_spec(config, str(folder / "config.json"))
     tensors = _headers(folder)
-    missing, wrong = [], []
+    missing = []
+    wrong = [
+        f"{name} has dtype {info.dtype}, which this program cannot copy"
+        for name, info in tensors.items()
+        if info.dtype not in SIZES
+    ]
     for row in weight_table(spec).values():
         for name in row.names():
             if name not in tensors:
                 missing.append(name)
             elif tensors[name].shape != row.shape:
                 wrong.append(f"{name} is {list(tensors[name].shape)}, config.json implies {list(row.shape)}")
-            elif tensors[name].dtype not in DTYPES:
+            elif tensors[name].dtype in SIZES.keys() - DTYPES.keys():
                 wrong.append(f"{name} has dtype {tensors[name].dtype}, supported: {', '.join(DTYPES)}")
     if missing or wrong:
         lines = [f"missing {m}" for m in missing] + wrong
-        more = f"\n  ... and {len(lines) - 20} more" if len(lines) > 20 else ""
+        more = f"\n  ... and {len(lines) - 15} more" if len(lines) > 15 else ""
         raise UserError(
-            f"{folder}: the weights do not match config.json:\n  " + "\n  ".join(lines[:20]) + more
+            f"{folder}: the weights do not match config.json:\n  " + "\n  ".join(lines[:15]) + more
         )
     generation = folder / "generation_config.json"
     eos = eos_ids(config, read_config(generation) if generation.exists() else {})
@@ -142,15 +155,15 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def _headers(folder: Path) -> dict[str, TensorInfo]:
-    tensors = {}
+    tensors: dict[str, TensorInfo] = {}
     for file in weight_files(folder):
-        try:
-            with safe_open(folder / file, "np") as f:
-                for name in f.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    part = f.get_slice(name)
-                    tensors[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
-        except (SafetensorError, OSError, ValueError) as e:
-            raise UserError(f"{folder / file}: not a readable safetensors file ({str(e)[:200]})") from None
+        for name, (shape, dtype) in read_header(folder / file).items():
+            if name in tensors:  # an edit of one would leave the other as it was
+                raise UserError(
+                    f"{folder}: {tensors[name].file} and {file} both hold {name}; "
+                    "leave one of the files, or one whose index names each tensor's file"
+                )
+            tensors[name] = TensorInfo(file, shape, dtype)
     return tensors
 
 
@@ -335,5 +348,35 @@ def load_model(path_or_id: str, weights: str = "checkpoint", mesh: Mapping[str, 
 
 def load_opened(checkpoint: Checkpoint, tokenizer: Any, mesh: Mesh, weights: str = "checkpoint") -> Model:
     """The model of a checkpoint that has been opened and checked."""
-    dtype = {"checkpoint": None, "float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[weights]
-    return Model(checkpoint, load_weights(checkpoint, mesh, dtype), tokenizer, mesh)
+    loaded = load_weights(checkpoint, mesh, frozen_dtype(checkpoint, weights))
+    check_finite(checkpoint, loaded)
+    return Model(checkpoint, loaded, tokenizer, mesh)
+
+
+def frozen_dtype(checkpoint: Checkpoint, weights: str) -> Any:
+    """numpy dtype of the frozen weights for the key `weights`."""
+    return {"checkpoint": checkpoint.dtype, "float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[weights]
+
+
+def check_finite(checkpoint: Checkpoint, weights: Weights) -> None:
+    """Raise UserError naming the tensors that hold NaN or infinity (one pass over the weights)."""
+    finite = jax.device_get(_finite(checkpoint.spec, weights))
+    bad = [
+        name
+        for key, row in weight_table(checkpoint.spec).items()
+        for name, good in zip(row.names(), np.atleast_1d(finite[key]), strict=True)
+        if not good
+    ]
+    if bad:
+        lines = "\n  ".join(bad[:15]) + (f"\n  ... and {len(bad) - 15} more" if len(bad) > 15 else "")
+        raise UserError(
+            f"{checkpoint.folder}: NaN or infinity (as {weights['embed'].dtype}) in these tensors; "
+            f"fetch or make the model again:\n  {lines}"
+        )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _finite(spec: ModelSpec, weights: Weights) -> dict[str, jax.Array]:
+    """Whether all elements of each tensor are finite: {key: [L] or scalar, bool}."""
+    layers = {key: row.layers for key, row in weight_table(spec).items()}
+    return {k: jnp.isfinite(a).all(axis=tuple(range(bool(layers[k]), a.ndim))) for k, a in weights.items()}
