@@ -117,7 +117,7 @@ def load_config(
         raise UserError(f"{where}: no model; set `model_name_or_path` to a folder or a Hub id")
     for key, note in IGNORED.items():
         if values.get(key) is not None:
-            print(f"note: `{key}: {values[key]}` is ignored: {note}", file=sys.stderr)
+            print(f"note: `{key}: {shown(values[key])}` is ignored: {note}", file=sys.stderr)
     return Config(**values, source="" if path is None else str(path))
 
 

@@ -5,6 +5,7 @@ interrupted; `--continue-from` adds new edits to those of a finished run.
 """
 
 import argparse
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -18,13 +19,16 @@ from locft_jax.data.capability import read_capability
 from locft_jax.data.requests import read_requests
 from locft_jax.data.streaming import extend, read_earlier, streaming_report, to_record
 from locft_jax.editing.checkpoint import describe_run, finished, guarded, open_run
-from locft_jax.editing.run import choose_site, encode_requests, last_delta
+from locft_jax.editing.run import check_fit, choose_site, encode_requests, last_delta
 from locft_jax.errors import UserError
+from locft_jax.evaluation.metrics import make_probes
 from locft_jax.evaluation.report import print_report
+from locft_jax.evaluation.run import check_probes
 from locft_jax.files import whole_folder, write_json, write_jsonl
 from locft_jax.model.delta import save_delta
 from locft_jax.model.hf import load_opened, load_tokenizer, open_checkpoint, save_hf
 from locft_jax.model.sharding import make_mesh
+from locft_jax.progress import say
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,12 +50,19 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(checkpoint)
     mesh = make_mesh(config.mesh)
     site = choose_site(checkpoint.spec, config)
-    encode_requests(tokenizer, data.requests, config, checkpoint.spec.max_position)
+    corpus = encode_requests(tokenizer, data.requests, config, checkpoint.spec)
+    if config.evaluate:
+        probes = make_probes(data.requests, config.eval_sample, config.seed)
+        check_probes(tokenizer, checkpoint.spec, probes, capability, config.chat_template)
+    notes = check_fit(checkpoint, config, site, corpus, mesh)
+    export.check_space(out, checkpoint, site, config.export)
     start = last_delta(earlier.folder, checkpoint, site) if earlier and args.start_from == "last" else None
     run = describe_run(config, data, capability, checkpoint, site, mesh, start)
     if args.resume and finished(out, run):
         return console.print(f"{out}/ holds this run, finished: nothing to resume")
     checkpoints = open_run(out, config.checkpoint_every, run, args.resume)
+    for note in notes:
+        say(note)
     console.print(f"{len(data.requests)} edits, {len(site)} tensor(s) from {site[0]} on")
 
     with guarded(checkpoints):
@@ -76,8 +87,9 @@ def main(argv: list[str] | None = None) -> None:
                 batches = result.report["batches"]
                 result.report["streaming"] = streaming_report(earlier, batches, args.start_from)
             write_json(folder / "report.json", result.report)
+            checkpoints.close()  # it lies in the folder that is replaced
             if args.keep_checkpoint:
-                checkpoints.move(folder / "checkpoint")
+                shutil.move(checkpoints.folder / "steps", folder / "checkpoint")
     print_report(result.report, result.predictions, console)
     console.print(f"written to {out}/: " + ", ".join(sorted(p.name for p in out.iterdir())))
 

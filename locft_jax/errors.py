@@ -3,3 +3,39 @@
 
 class UserError(Exception):
     """Wrong input. The message says what is wrong, where, and what would be right."""
+
+
+def reason(error: Exception) -> str:
+    """What an error of another library says, in one line: the end of a long one, where causes stand."""
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    return text if len(text) <= 200 else f"...{text[-200:]}"
+
+
+def printable(text: object) -> str:
+    """Text for a terminal: what a user's file or a model wrote must not move the cursor or change
+    colours, so control and other invisible characters become spaces; lines stay."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in str(text))
+
+
+def one_screen(text: object, rows: int = 22, width: int = 80) -> str:
+    """`printable` text of at most so many terminal rows. A long line keeps both ends, a long text its
+    first lines and the last, where the remedy stands."""
+
+    def height(line: str) -> int:
+        return max(1, -(-len(line) // width))
+
+    most = width * (rows // 2)
+    lines = [
+        line if len(line) <= most else f"{line[: most - 4 * width]} ... {line[5 - 4 * width :]}"
+        for line in printable(text).split("\n")
+    ]
+    if sum(map(height, lines)) <= rows:
+        return "\n".join(lines)
+    kept: list[str] = []
+    left = rows - 1 - height(lines[-1])
+    for line in lines[:-1]:
+        left -= height(line)
+        if left < 0:
+            break
+        kept.append(line)
+    return "\n".join([*kept, f"... ({len(lines) - 1 - len(kept)} more lines)", lines[-1]])

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -12,10 +13,13 @@ from locft_jax.commands import run_command
 from locft_jax.config import load_config
 from locft_jax.data.capability import read_capability
 from locft_jax.data.requests import read_requests
+from locft_jax.evaluation.metrics import make_probes
 from locft_jax.evaluation.report import plain
+from locft_jax.evaluation.run import check_probes
 from locft_jax.files import write_whole_json
 from locft_jax.model.delta import check_delta, load_delta
-from locft_jax.model.hf import load_opened, load_tokenizer, open_checkpoint
+from locft_jax.model.hf import frozen_dtype, load_opened, load_tokenizer, open_checkpoint
+from locft_jax.model.memory import check_memory
 from locft_jax.model.sharding import make_mesh
 
 
@@ -45,6 +49,10 @@ def main(argv: list[str] | None = None) -> None:
     delta = load_delta(args.delta) if args.delta else None
     if delta:
         check_delta(checkpoint, delta)
+
+    probes = make_probes(data.requests, config.eval_sample, config.seed)
+    check_probes(tokenizer, checkpoint.spec, probes, capability, config.chat_template)
+    check_memory(checkpoint.spec, mesh, np.dtype(frozen_dtype(checkpoint, config.weights)).itemsize)
 
     model = load_opened(checkpoint, tokenizer, mesh, config.weights)
     model = model.with_edits(delta.new) if delta else model

@@ -6,12 +6,14 @@ from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from locft_jax.errors import printable
+
 LINE_EVERY = 10.0  # seconds between plain lines
 
 
 def say(text: str) -> None:
     """A note that a run gives on its way."""
-    print(f"note: {text}", file=sys.stderr, flush=True)
+    print(f"note: {printable(text)}", file=sys.stderr, flush=True)
 
 
 class Bar:

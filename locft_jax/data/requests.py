@@ -70,7 +70,7 @@ class EditData:
 
     requests: list[EditRequest]
     duplicates: int  # records with the same prompt and target as an earlier one: dropped
-    conflicts: list[str]  # prompts with several targets
+    conflicts: dict[str, list[str]]  # prompts with several targets, and these in order
     source: str
     sha256: str
 
@@ -138,13 +138,14 @@ def _edit_data(
         raise UserError(f"{source}: no records; an edit needs a prompt and a target_new")
     if conflicts and on_conflict == "error":
         first = list(conflicts.items())[:5]
-        shown = "; ".join(f"{show(p)} -> {', '.join(map(show, t))}" for p, t in first)
+        listed = lambda t: ", ".join(map(show, t[:3])) + (", ..." if len(t) > 3 else "")  # noqa: E731
+        shown = "; ".join(f"{show(p)} -> {listed(t)}" for p, t in first)
         more = "; ..." if len(conflicts) > len(first) else ""
         raise UserError(
             f"{source}: prompts with several targets, which cannot all be met ({len(conflicts)}): "
             f"{shown}{more}. Leave one of each, or set on_conflict to keep or last"
         )
-    return EditData(requests, duplicates, list(conflicts), source, sha256)
+    return EditData(requests, duplicates, conflicts, source, sha256)
 
 
 def _collect(

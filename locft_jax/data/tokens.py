@@ -93,16 +93,25 @@ def corpus_from_lists(parts: Sequence[Any], target_start: Any, boundary_merges: 
 
 
 def prompt_ids(tokenizer: Any, prompts: Sequence[str], chat_template: bool = False) -> list[list[int]]:
-    """Prompts -> ids as the tokenizer makes them by default (BOS where it adds one); with
-    `chat_template`, as one user message and the opening of the answer."""
+    """Prompts -> ids as the tokenizer makes them by default (BOS where it adds one), without special
+    tokens that would close them; with `chat_template`, as one user message and the opening of the answer.
+    """
     if not prompts:
         return []
     if not chat_template:
-        return tokenizer(list(prompts))["input_ids"]
+        closing = _closing_specials(tokenizer)
+        return [ids[: len(ids) - closing] for ids in tokenizer(list(prompts))["input_ids"]]
     if not tokenizer.chat_template:
         raise UserError("chat_template: this model's tokenizer has no chat template; use chat_template=false")
     messages = [[{"role": "user", "content": p}] for p in prompts]
-    texts = [tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in messages]
+    fill = lambda m: tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True)  # noqa: E731
+    try:
+        texts = [fill(m) for m in messages]
+    except Exception as e:  # a template is a program: it may fail in any way
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise UserError(
+            f"chat_template: this model's template fails ({reason}); use chat_template=false"
+        ) from None
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
@@ -119,6 +128,7 @@ def encode_pairs(
     eos: int | None = None,
     chat_template: bool = False,
     max_length: int | None = None,
+    vocab_size: int | None = None,
 ) -> Corpus:
     """Training texts: prompt + " " + target (+ EOS), tokenized together as the reference does.
 
@@ -127,8 +137,8 @@ def encode_pairs(
     the prompt keeps its ids, so that what is trained is what generation will meet, and the case
     is counted. With a chat template the answer follows the template without a space.
 
-    Raises UserError for a target without tokens, a prompt without tokens, or a text longer than
-    `max_length`.
+    Raises UserError for a target without tokens, a prompt without tokens, a text longer than
+    `max_length`, or an id beyond `vocab_size`.
     """
     heads = prompt_ids(tokenizer, prompts, chat_template)
     if chat_template:
@@ -140,7 +150,6 @@ def encode_pairs(
         suffix = _closing_specials(tokenizer)
         tails, merges = [], 0
         for i, (head, whole) in enumerate(zip(heads, wholes, strict=True)):
-            head = heads[i] = head[: len(head) - suffix]
             whole = whole[: len(whole) - suffix]
             if whole[: len(head)] == head:
                 tails.append(whole[len(head) :])
@@ -149,18 +158,49 @@ def encode_pairs(
                 tails.append(_target_alone(tokenizer, head, targets[i], texts[i]))
     parts, starts = [], []
     for prompt, target, head, tail in zip(prompts, targets, heads, tails, strict=True):
-        if not head or not tail:
+        # What the vocabulary lacks may vanish, and leave the space before it.
+        if not head or not tail or (len(tail) <= 2 and not tokenizer.decode(tail).strip()):
             what = "prompt" if not head else "target"
             raise UserError(f"data: the {what} of {prompt!r} -> {target!r} has no tokens in this vocabulary")
-        ids = [*head, *tail] + ([] if eos is None else [eos])
-        if max_length is not None and len(ids) > max_length:
-            raise UserError(
-                f"data: {len(ids)} tokens in the edit that begins {prompt[:60]!r}, "
-                f"the model's context holds {max_length}; shorten or drop it"
-            )
-        parts.append(ids)
+        parts.append([*head, *tail] + ([] if eos is None else [eos]))
         starts.append(len(head))
-    return corpus_from_lists(parts, starts, merges)
+    corpus = corpus_from_lists(parts, starts, merges)
+    _check(corpus, prompts, max_length, vocab_size)
+    return corpus
+
+
+def check_prompts(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    chat_template: bool = False,
+    max_length: int | None = None,
+    vocab_size: int | None = None,
+) -> None:
+    """Raise UserError, as `encode_pairs` does, for prompts that nobody knows the answer to."""
+    heads = prompt_ids(tokenizer, prompts, chat_template)
+    for prompt, head in zip(prompts, heads, strict=True):
+        if not head:
+            raise UserError(f"data: the prompt {prompt!r} has no tokens in this vocabulary")
+    _check(corpus_from_lists(heads, np.zeros(len(heads))), prompts, max_length, vocab_size)
+
+
+def _check(corpus: Corpus, prompts: Sequence[str], max_length: int | None, vocab_size: int | None) -> None:
+    """Raise UserError for texts that the model has no room or no embedding for."""
+    begins = lambda i: f"the text that begins {prompts[i][:60]!r}"  # noqa: E731
+    if max_length is not None and (corpus.lengths > max_length).any():
+        long = np.flatnonzero(corpus.lengths > max_length)
+        more = f" ({len(long)} such texts in all)" if len(long) > 1 else ""
+        raise UserError(
+            f"data: {corpus.lengths[long[0]]} tokens in {begins(long[0])}{more}, "
+            f"the model's context holds {max_length}; shorten or drop it"
+        )
+    if vocab_size is not None and len(corpus.tokens) and corpus.tokens.max() >= vocab_size:
+        at = int(np.argmax(corpus.tokens >= vocab_size))
+        which = int(np.searchsorted(corpus.offsets, at, "right")) - 1
+        raise UserError(
+            f"model: its tokenizer gives id {corpus.tokens[at]} in {begins(which)}, but its vocab_size is "
+            f"{vocab_size}; put the tokenizer that belongs to these weights into the folder"
+        )
 
 
 def _closing_specials(tokenizer: Any) -> int:

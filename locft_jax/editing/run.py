@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from locft_jax.config import Config, resolve_layers
 from locft_jax.data.requests import EditRequest
@@ -19,7 +20,8 @@ from locft_jax.editing.site import find_site, first_layer, materialize, paramete
 from locft_jax.editing.step import Hyper, init_state
 from locft_jax.errors import UserError
 from locft_jax.model.delta import Delta, check_delta, load_delta
-from locft_jax.model.hf import Checkpoint, Model, to_checkpoint_dtype
+from locft_jax.model.hf import Checkpoint, Model, frozen_dtype, to_checkpoint_dtype
+from locft_jax.model.memory import as_text, check_memory, host_memory, step_of
 from locft_jax.model.spec import ModelSpec
 
 
@@ -54,7 +56,7 @@ def schedule_of(config: Config) -> Schedule:
 
 
 def encode_requests(
-    model_tokenizer: object, requests: Sequence[EditRequest], config: Config, limit: int
+    model_tokenizer: object, requests: Sequence[EditRequest], config: Config, spec: ModelSpec
 ) -> Corpus:
     """Training texts of the requests, EOS included (method.md, An edit). Raises UserError when the
     tokenizer has no EOS to append, or as `encode_pairs` does."""
@@ -67,8 +69,28 @@ def encode_requests(
         [r.target_new for r in requests],
         eos=eos if config.append_eos else None,
         chat_template=config.chat_template,
-        max_length=limit,
+        max_length=spec.max_position,
+        vocab_size=spec.vocab_size,
     )
+
+
+def check_fit(
+    checkpoint: Checkpoint, config: Config, site: Sequence[str], corpus: Corpus, mesh: Mesh
+) -> list[str]:
+    """Warnings of memory that may not suffice. Raises UserError, before any weight is loaded, where it
+    certainly does not, or as `choose_mode` does."""
+    spec, dtype = checkpoint.spec, frozen_dtype(checkpoint, config.weights)
+    layer = first_layer(spec, site)
+    cache = len(corpus.tokens) * spec.d_model * np.dtype(dtype).itemsize
+    choose_mode(config.prefix_cache, layer, cache, *memory_budgets(config.memory_budget))
+    step = step_of(corpus, config.batch_size, config.row_length, layer)
+    notes = check_memory(spec, mesh, np.dtype(dtype).itemsize, site, step)
+    if "orbax" in config.export and checkpoint.nbytes() > host_memory():
+        notes.append(
+            f"the orbax export gathers {as_text(checkpoint.nbytes())} in host memory, where "
+            f"{as_text(host_memory())} are free; export=[hf, delta] needs less"
+        )
+    return notes
 
 
 def run_edit(

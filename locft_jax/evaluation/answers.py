@@ -86,7 +86,7 @@ def score_corpus(
         yield from zip(chunk.tolist(), by_example(batch, best), by_example(batch, logprob), strict=True)
 
 
-class Kept:
+class ProbeCache:
     """Activations of texts that were read once, entering `layer`: an edit at or above it changes none
     of them. The first `answer` that is given an empty one fills it, later ones read it."""
 
@@ -140,7 +140,7 @@ def answer(
     stop: np.ndarray,
     on_done: Callable[[int], None] = lambda count: None,
     known: Sequence[Sequence[int]] | None = None,
-    kept: Kept | None = None,
+    kept: ProbeCache | None = None,
 ) -> tuple[list[list[int]], int]:
     """Greedy answers (token ids, the stop token included) to `prompts`, and how many of them one pass
     over `guesses` proved. `stop` [V] bool; `known`: how each answer is already known to begin (its
@@ -179,7 +179,7 @@ def answer(
 
 
 def _read(
-    reader: Reader, asked: _Questions, todo: Sequence[int], unread: set[int], kept: Kept | None
+    reader: Reader, asked: _Questions, todo: Sequence[int], unread: set[int], kept: ProbeCache | None
 ) -> Iterator[list[int]]:
     """One pass over all of `todo`, and decoding of what it leaves open, save a few of each batch that
     wait for others: yields those of each batch of the pass."""

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from locft_jax.errors import printable
+
 ROWS = (
     ("reliability", "the edited prompts give the new answer"),
     ("generalization", "so do other phrasings of them"),
@@ -19,7 +21,7 @@ ROWS = (
 
 def plain(value: object) -> Text:
     """What a user or a model wrote, shown as it is: no mark-up, no control characters."""
-    return Text("".join(c if c.isprintable() else " " for c in str(value)))
+    return Text(printable(value).replace("\n", " "))
 
 
 def _percent(value: float | None) -> str:
@@ -60,6 +62,19 @@ def print_report(
     ):
         if report.get(key):
             console.print(f"note: {report[key]} {text}")
+        if key == "conflicts":
+            _print_conflicts(report.get("conflicting_prompts", []), console)
+
+
+def _print_conflicts(conflicts: Sequence[Mapping[str, Any]], console: Console, most: int = 5) -> None:
+    """A line for each of the first few prompts with several targets."""
+    short = lambda text: text if len(text) <= 60 else text[:60] + "..."  # noqa: E731
+    for conflict in conflicts[:most]:
+        targets = ", ".join(map(short, conflict["targets"][:3]))
+        more = ", ..." if len(conflict["targets"]) > 3 else ""
+        console.print(plain(f"  {short(conflict['prompt'])} -> {targets}{more}"))
+    if len(conflicts) > most:
+        console.print(f"  ... and {len(conflicts) - most} more: conflicting_prompts in report.json")
 
 
 def _examples(predictions: Sequence[Mapping[str, Any]], each: int = 2) -> list[Mapping[str, Any]]:

@@ -6,9 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from locft_jax.config import Config
 from locft_jax.data.capability import CapabilityItem
-from locft_jax.data.tokens import encode_pairs, prompt_ids
-from locft_jax.evaluation.answers import Kept, answer, score_corpus
+from locft_jax.data.tokens import check_prompts, encode_pairs, prompt_ids
+from locft_jax.editing.prefix import choose_mode
+from locft_jax.editing.run import memory_budgets
+from locft_jax.errors import UserError
+from locft_jax.evaluation.answers import ProbeCache, answer, score_corpus
 from locft_jax.evaluation.generate import Reader
 from locft_jax.evaluation.metrics import (
     KINDS,
@@ -21,9 +25,11 @@ from locft_jax.evaluation.metrics import (
     stop_tables,
 )
 from locft_jax.model.hf import Model
+from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits
 
 CAPABILITY = "capability"
+SAMPLE = 200  # probes that are decoded again to see what rounding does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +74,32 @@ def prepare(
     return Asked(every, prompts, guesses, choices)
 
 
+def check_probes(
+    tokenizer: Any,
+    spec: ModelSpec,
+    probes: Sequence[Probe],
+    capability: Sequence[CapabilityItem],
+    chat_template: bool = False,
+) -> None:
+    """Raise UserError, before any weight is loaded, for what could not be asked: texts without tokens,
+    longer than the model's context, or beyond its vocabulary."""
+    known = [(p.prompt, p.target) for p in probes if p.target]
+    known += [(item.prompt, item.answer) for item in capability]
+    choices = [(item.prompt, c) for item in capability for c in item.choices]
+    for pairs, template in ((known, chat_template), (choices, False)):
+        prompts, targets = [p for p, _ in pairs], [t for _, t in pairs]
+        encode_pairs(
+            tokenizer,
+            prompts,
+            targets,
+            chat_template=template,
+            max_length=spec.max_position,
+            vocab_size=spec.vocab_size,
+        )
+    unknown = [p.prompt for p in probes if not p.target]
+    check_prompts(tokenizer, unknown, chat_template, spec.max_position, spec.vocab_size)
+
+
 def ask(
     model: Model,
     edits: Edits,
@@ -75,7 +107,7 @@ def ask(
     guesses: Sequence[Sequence[int]] | None = None,
     row_length: int = 128,
     on_done: Callable[[int], None] = lambda count: None,
-    kept: Kept | None = None,
+    kept: ProbeCache | None = None,
 ) -> Answers:
     """Greedy answers of the model with `edits` to every probe. `guesses` (default: the targets) and
     `kept` only decide how fast that is, never what is answered."""
@@ -98,11 +130,8 @@ def ask(
         and not eos_only[tokens[i][-1]]
         and may_match(said[i], str(asked.probes[i].target))
     ]
-    prompts, drafts, begun = (
-        [asked.prompts[i] for i in more],
-        [_rest(guesses[i], tokens[i]) for i in more],
-        [tokens[i] for i in more],
-    )
+    prompts, begun = [asked.prompts[i] for i in more], [tokens[i] for i in more]
+    drafts = [_rest(guesses[i], tokens[i]) for i in more]
     found, _ = answer(reader, prompts, drafts, NEW_TOKENS, eos_only, known=begun)
     for i, text in zip(more, model.tokenizer.batch_decode(found, skip_special_tokens=True), strict=True):
         said[i] = text
@@ -111,6 +140,34 @@ def ask(
         texts[i] = full[i] = choice
     on_done(len(asked.choices))
     return Answers(texts, full, tokens, proved)
+
+
+def probe_cache(model: Model, asked: Asked, layer: int, config: Config, beside: int) -> ProbeCache | None:
+    """Room for what the passes before and after an edit at `layer` share, where the budget has it beside
+    the edit's own cache over `beside` tokens; None where it has not, or where nothing is below."""
+    texts = sum(len(p) + len(g) + 1 for p, g in zip(asked.prompts, asked.guesses, strict=True))
+    size = (texts + beside) * model.spec.d_model * np.dtype(model.dtype).itemsize
+    try:
+        mode = choose_mode(config.prefix_cache, layer, size, *memory_budgets(config.memory_budget))
+    except UserError:  # the mode that was asked for holds the edit's own at most
+        return None
+    return ProbeCache(layer, mode) if mode != "off" else None
+
+
+def differing_share(
+    model: Model, edits: Edits, asked: Asked, answers: Answers, row_length: int, seed: int
+) -> float | None:
+    """In bfloat16 one pass and decoding token by token may round differently: the share (0-1) of a
+    seeded sample of at most SAMPLE probes whose answer is not that of decoding all. None in float32,
+    where there is no such probe."""
+    free = [i for i in range(len(asked.probes)) if i not in asked.choices]
+    if np.dtype(model.dtype) == np.float32 or not free:
+        return None
+    some = [free[i] for i in np.random.default_rng(seed).permutation(len(free))[:SAMPLE]]
+    official, _ = stop_tables(model.tokenizer, model.spec.vocab_size, model.eos)
+    reader = Reader(model.spec, model.weights, edits, model.mesh, row_length)
+    plain, _ = answer(reader, [asked.prompts[i] for i in some], [[]] * len(some), NEW_TOKENS, official)
+    return float(np.mean([p != answers.tokens[i] for p, i in zip(plain, some, strict=True)]))
 
 
 def _rest(guess: Sequence[int], begun: Sequence[int]) -> Sequence[int]:

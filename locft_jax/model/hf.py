@@ -7,19 +7,23 @@ passes through torch. Saving rewrites only the files that hold edited tensors.
 import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from locft_jax.errors import UserError
+from locft_jax.files import whole_folder
+from locft_jax.model.headers import SIZES, read_header
 from locft_jax.model.sharding import make_mesh, tensor_sharding
 from locft_jax.model.spec import ModelSpec, eos_ids, parse_spec, read_config
 from locft_jax.model.weights import Edits, Weights, locate_tensor, weight_table
@@ -61,14 +65,19 @@ class Checkpoint:
         """numpy dtype of the matrices: that of the embedding."""
         return DTYPES[self.tensors["model.embed_tokens.weight"].dtype]
 
+    def nbytes(self, names: Iterable[str] | None = None) -> int:
+        """Bytes of these tensors (default: of all) as the checkpoint stores them."""
+        infos = self.tensors.values() if names is None else (self.tensors[n] for n in names)
+        return sum(math.prod(info.shape) * SIZES[info.dtype] for info in infos)
+
 
 def find_model(path_or_id: str) -> Path:
     """A local folder, or a Hub id that is downloaded (safetensors, JSON and tokenizer files only).
 
     Raises UserError when there is neither.
     """
-    folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(path_or_id))
+    if os.path.isdir(folder):  # unlike Path's own, never an error
         return folder
     if path_or_id.count("/") != 1 or path_or_id.startswith((".", "/", "~")):
         raise UserError(
@@ -95,20 +104,25 @@ def open_checkpoint(path_or_id: str) -> Checkpoint:
     config = read_config(folder)
     spec = parse_spec(config, str(folder / "config.json"))
     tensors = _headers(folder)
-    missing, wrong = [], []
+    missing = []
+    wrong = [
+        f"{name} has dtype {info.dtype}, which this program cannot copy"
+        for name, info in tensors.items()
+        if info.dtype not in SIZES
+    ]
     for row in weight_table(spec).values():
         for name in row.names():
             if name not in tensors:
                 missing.append(name)
             elif tensors[name].shape != row.shape:
                 wrong.append(f"{name} is {list(tensors[name].shape)}, config.json implies {list(row.shape)}")
-            elif tensors[name].dtype not in DTYPES:
+            elif tensors[name].dtype in SIZES.keys() - DTYPES.keys():
                 wrong.append(f"{name} has dtype {tensors[name].dtype}, supported: {', '.join(DTYPES)}")
     if missing or wrong:
         lines = [f"missing {m}" for m in missing] + wrong
-        more = f"\n  ... and {len(lines) - 20} more" if len(lines) > 20 else ""
+        more = f"\n  ... and {len(lines) - 15} more" if len(lines) > 15 else ""
         raise UserError(
-            f"{folder}: the weights do not match config.json:\n  " + "\n  ".join(lines[:20]) + more
+            f"{folder}: the weights do not match config.json:\n  " + "\n  ".join(lines[:15]) + more
         )
     generation = folder / "generation_config.json"
     eos = eos_ids(config, read_config(generation) if generation.exists() else {})
@@ -141,15 +155,15 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def _headers(folder: Path) -> dict[str, TensorInfo]:
-    tensors = {}
+    tensors: dict[str, TensorInfo] = {}
     for file in weight_files(folder):
-        try:
-            with safe_open(folder / file, "np") as f:
-                for name in f.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    part = f.get_slice(name)
-                    tensors[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
-        except (SafetensorError, OSError, ValueError) as e:
-            raise UserError(f"{folder / file}: not a readable safetensors file ({str(e)[:200]})") from None
+        for name, (shape, dtype) in read_header(folder / file).items():
+            if name in tensors:  # an edit of one would leave the other as it was
+                raise UserError(
+                    f"{folder}: {tensors[name].file} and {file} both hold {name}; "
+                    "leave one of the files, or one whose index names each tensor's file"
+                )
+            tensors[name] = TensorInfo(file, shape, dtype)
     return tensors
 
 
@@ -194,49 +208,59 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> np.ndarray:
         return f.get_tensor(name)
 
 
+def read_raw(checkpoint: Checkpoint, name: str) -> bytes:
+    """One tensor's bytes, whatever its dtype."""
+    with open(checkpoint.folder / checkpoint.tensors[name].file, "rb") as f:
+        begin, end = _span(f, name)
+        f.seek(begin)
+        return f.read(end - begin)
+
+
 def to_checkpoint_dtype(checkpoint: Checkpoint, edits: Edits) -> dict[str, np.ndarray]:
     """Edited tensors rounded to what the checkpoint stores: exactly what will be exported."""
     return {n: np.asarray(a).astype(DTYPES[checkpoint.tensors[n].dtype]) for n, a in edits.items()}
 
 
 def save_hf(checkpoint: Checkpoint, edited: Mapping[str, np.ndarray], out: Path) -> None:
-    """Write the edited model to `out` (which must not exist; it appears whole or not at all).
+    """Write the edited model to `out`: whole or not at all, in place of what is there.
 
-    All files are copied; in those that hold edited tensors (in the checkpoint's shapes and dtypes)
-    these are overwritten in place, so that every other byte stays as it is.
+    Files that hold edited tensors (given in the checkpoint's shapes and dtypes) are copied and these
+    overwritten, so that every other byte stays as it is. Weight files without an edited tensor are hard
+    links to the checkpoint's where the file system can, so that they take no time and no space: a program
+    that changes such a file in place, rather than replacing it, changes both models (`cp -r` parts them).
+    The small files that people edit by hand (config, tokenizer) are always copies.
     """
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    rewritten = {checkpoint.tensors[name].file for name in edited}
+    with whole_folder(out) as part:
         for path in sorted(checkpoint.folder.iterdir()):
-            if path.is_file() and not path.name.startswith("."):
+            if not path.is_file() or path.name.startswith("."):
+                continue
+            untouched = path.suffix == ".safetensors" and path.name not in rewritten
+            if not (untouched and _link(path, part)):
                 shutil.copyfile(path, part / path.name)
         for name, value in edited.items():
             info = checkpoint.tensors[name]
             if (value.shape, value.dtype) != (info.shape, DTYPES[info.dtype]):
                 raise ValueError(f"{name} is {value.dtype}{list(value.shape)}, the checkpoint's is {info}")
-            _overwrite(part / info.file, name, value)
-        for path in part.iterdir():
-            _sync(path)
-        os.replace(part, out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+            with open(part / info.file, "r+b") as f:
+                f.seek(_span(f, name)[0])
+                f.write(np.ascontiguousarray(value).tobytes())
 
 
-def _overwrite(path: Path, name: str, value: np.ndarray) -> None:
-    """Put a tensor's bytes over those that a safetensors file has for it."""
-    with open(path, "r+b") as f:
-        size = int.from_bytes(f.read(8), "little")
-        begin = json.loads(f.read(size))[name]["data_offsets"][0]
-        f.seek(8 + size + begin)
-        f.write(np.ascontiguousarray(value).tobytes())
+def _link(path: Path, folder: Path) -> bool:
+    """Give a file (what it points to, if it is a symbolic link) a second name in `folder`, if possible."""
+    try:
+        os.link(path.resolve(), folder / path.name)
+    except OSError:  # another file system, one without links, another owner's file
+        return False
+    return True
 
 
-def _sync(path: Path) -> None:
-    with open(path, "rb") as f:
-        os.fsync(f.fileno())
+def _span(f: BinaryIO, name: str) -> tuple[int, int]:
+    """Where the bytes of a tensor begin and end in an open safetensors file."""
+    size = int.from_bytes(f.read(8), "little")
+    begin, end = json.loads(f.read(size))[name]["data_offsets"]
+    return 8 + size + begin, 8 + size + end
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -288,10 +312,16 @@ class Model:
 
     def with_edits(self, tensors: Mapping[str, np.ndarray | jax.Array], dtype: Any = None) -> "Model":
         """The same model with `tensors` (HF names and layout) in place of its own, in `dtype` (default:
-        that of the weights); nothing is copied."""
+        that of the weights); nothing is copied. What the checkpoint holds but no forward reads is left out.
+        Raises KeyError for any other name."""
         placed = {}
         for name, value in tensors.items():
-            row, _ = locate_tensor(self.spec, name)
+            try:
+                row, _ = locate_tensor(self.spec, name)
+            except KeyError:
+                if name not in self.checkpoint.tensors:
+                    raise
+                continue
             sharding = tensor_sharding(self.mesh, self.spec, row, stacked=False)
             placed[name] = jax.device_put(value.astype(dtype or self.dtype), sharding)
         return dataclasses.replace(self, edits={**self.edits, **placed})
@@ -318,5 +348,35 @@ def load_model(path_or_id: str, weights: str = "checkpoint", mesh: Mapping[str, 
 
 def load_opened(checkpoint: Checkpoint, tokenizer: Any, mesh: Mesh, weights: str = "checkpoint") -> Model:
     """The model of a checkpoint that has been opened and checked."""
-    dtype = {"checkpoint": None, "float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[weights]
-    return Model(checkpoint, load_weights(checkpoint, mesh, dtype), tokenizer, mesh)
+    loaded = load_weights(checkpoint, mesh, frozen_dtype(checkpoint, weights))
+    check_finite(checkpoint, loaded)
+    return Model(checkpoint, loaded, tokenizer, mesh)
+
+
+def frozen_dtype(checkpoint: Checkpoint, weights: str) -> Any:
+    """numpy dtype of the frozen weights for the key `weights`."""
+    return {"checkpoint": checkpoint.dtype, "float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[weights]
+
+
+def check_finite(checkpoint: Checkpoint, weights: Weights) -> None:
+    """Raise UserError naming the tensors that hold NaN or infinity (one pass over the weights)."""
+    finite = jax.device_get(_finite(checkpoint.spec, weights))
+    bad = [
+        name
+        for key, row in weight_table(checkpoint.spec).items()
+        for name, good in zip(row.names(), np.atleast_1d(finite[key]), strict=True)
+        if not good
+    ]
+    if bad:
+        lines = "\n  ".join(bad[:15]) + (f"\n  ... and {len(bad) - 15} more" if len(bad) > 15 else "")
+        raise UserError(
+            f"{checkpoint.folder}: NaN or infinity (as {weights['embed'].dtype}) in these tensors; "
+            f"fetch or make the model again:\n  {lines}"
+        )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _finite(spec: ModelSpec, weights: Weights) -> dict[str, jax.Array]:
+    """Whether all elements of each tensor are finite: {key: [L] or scalar, bool}."""
+    layers = {key: row.layers for key, row in weight_table(spec).items()}
+    return {k: jnp.isfinite(a).all(axis=tuple(range(bool(layers[k]), a.ndim))) for k, a in weights.items()}

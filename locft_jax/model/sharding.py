@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from locft_jax.errors import UserError
@@ -40,7 +40,7 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: list[jax.Device] 
     )
 
 
-def tensor_spec(mesh: Mesh, spec: ModelSpec, row: Row, stacked: bool = True) -> P:
+def tensor_spec(mesh: Mesh | AbstractMesh, spec: ModelSpec, row: Row, stacked: bool = True) -> P:
     """Partition of one row of the weight table (with its layer axis, if it has one)."""
     size = mesh.shape["model"]
     # Splitting inside a head would split its rotary pairs: heads are split whole or not at all.

@@ -13,6 +13,7 @@ from typing import Any
 from locft_jax.errors import UserError
 
 FULL_ATTENTION = 2**30  # a window no text reaches
+MOST_LAYERS = 10_000  # of any model; more would only exhaust memory before the weights are looked at
 
 FAMILIES = {
     "llama": "LlamaForCausalLM",
@@ -130,7 +131,7 @@ def parse_spec(config: Mapping[str, Any], where: str = "config.json") -> ModelSp
         vocab_size=_size(config, "vocab_size", where),
         d_model=d_model,
         d_ff=_size(config, "intermediate_size", where),
-        n_layers=_size(config, "num_hidden_layers", where),
+        n_layers=_layers(config, where),
         n_heads=heads,
         n_kv_heads=_size(config, "num_key_value_heads", where, heads),
         head_dim=_size({"head_dim": head_dim}, "head_dim", where),
@@ -138,7 +139,7 @@ def parse_spec(config: Mapping[str, Any], where: str = "config.json") -> ModelSp
         rope_theta=_rope_theta(config, where),
         rope_scaling=_rope_scaling(config, where),
         # Absent means tied for none of these but old Qwen2 files, which state it.
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_embeddings=_switch(config, "tie_word_embeddings", where),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
         windows=_windows(config, family, where),
@@ -154,7 +155,7 @@ def eos_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> 
     for source in (config, generation_config):
         value = source.get("eos_token_id")
         values = value if isinstance(value, list) else [value]
-        found.update(v for v in values if isinstance(v, int))
+        found.update(v for v in values if type(v) is int and v >= 0)
     return tuple(sorted(found))
 
 
@@ -164,6 +165,20 @@ def _size(config: Mapping[str, Any], key: str, where: str, default: int | None =
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
         raise UserError(f"{where}: {key} must be a positive whole number, found {value!r}")
     return value
+
+
+def _layers(config: Mapping[str, Any], where: str) -> int:
+    layers = _size(config, "num_hidden_layers", where)
+    if layers > MOST_LAYERS:
+        raise UserError(f"{where}: num_hidden_layers must be at most {MOST_LAYERS}, found {layers}")
+    return layers
+
+
+def _switch(config: Mapping[str, Any], key: str, where: str) -> bool:
+    value = config.get(key)
+    if value not in (None, False, True):
+        raise UserError(f"{where}: {key} must be true or false, found {value!r}")
+    return bool(value)
 
 
 def _number(config: Mapping[str, Any], key: str, where: str, default: float) -> float:
@@ -198,11 +213,16 @@ def _rope_scaling(config: Mapping[str, Any], where: str) -> RopeScaling | None:
         return None
     if kind == "linear":
         return RopeScaling("linear", _number(rope, "factor", where, 1.0))
+    low, high = _number(rope, "low_freq_factor", where, 1.0), _number(rope, "high_freq_factor", where, 4.0)
+    if low >= high:
+        raise UserError(
+            f"{where}: low_freq_factor must be less than high_freq_factor, found {low} and {high}"
+        )
     return RopeScaling(
         "llama3",
         _number(rope, "factor", where, 8.0),
-        _number(rope, "low_freq_factor", where, 1.0),
-        _number(rope, "high_freq_factor", where, 4.0),
+        low,
+        high,
         _size(rope, "original_max_position_embeddings", where, 8192),
     )
 
@@ -210,9 +230,9 @@ def _rope_scaling(config: Mapping[str, Any], where: str) -> RopeScaling | None:
 def _windows(config: Mapping[str, Any], family: str, where: str) -> tuple[int, ...]:
     """Attention window per layer. Mistral: every layer; Qwen: from layer `max_window_layers` on,
     if `use_sliding_window`; `layer_types`, where present, decides."""
-    layers = _size(config, "num_hidden_layers", where)
+    layers = _layers(config, where)
     window = config.get("sliding_window")
-    if family.startswith("qwen") and not config.get("use_sliding_window", False):
+    if family.startswith("qwen") and not _switch(config, "use_sliding_window", where):
         window = None
     if window is None or family == "llama":
         return (FULL_ATTENTION,) * layers

@@ -330,7 +330,7 @@ def test_duplicates_are_dropped_and_the_first_stays(read):
     records = edits(("A", "x"), (" A", "x "), ("B", "x"), ("A", "x"))
     records[0]["rephrase"], records[1]["rephrase"] = "a", "b"
     data = read(*records)
-    assert (data.duplicates, data.conflicts) == (2, [])
+    assert (data.duplicates, data.conflicts) == (2, {})
     assert said(data) == [("0", "A", "x"), ("2", "B", "x")]
     assert data.requests[0].rephrases == ("a",)
 
@@ -340,13 +340,13 @@ MIXED = edits(("A", "x"), ("B", "x"), ("A", "y"), ("C", "z"), ("A", "x"), ("B", 
 
 def test_conflicts_are_kept(read):
     data = read(*MIXED)
-    assert (data.duplicates, data.conflicts) == (1, ["A", "B"])
+    assert (data.duplicates, data.conflicts) == (1, {"A": ["x", "y"], "B": ["x", "v"]})
     assert [case for case, *_ in said(data)] == ["0", "1", "2", "3", "5", "6"]
 
 
 def test_conflicts_the_last_target_wins(read):
     data = read(*MIXED, on_conflict="last")
-    assert (data.duplicates, data.conflicts) == (1, ["A", "B"])
+    assert (data.duplicates, data.conflicts) == (1, {"A": ["x", "y"], "B": ["x", "v"]})
     assert said(data) == [("4", "A", "x"), ("5", "B", "v"), ("3", "C", "z"), ("6", "D", "w")]
     again = read(*edits(("A", "x"), ("A", "y"), ("A", "y")), on_conflict="last")
     assert (said(again), again.duplicates) == ([("1", "A", "y")], 1)
@@ -356,7 +356,7 @@ def test_conflicts_as_an_error(read, refused):
     records = edits(*((p, t) for p in "ABCDEFG" for t in "xy"))
     message = refused(read_requests, records, on_conflict="error")
     assert "(7)" in message and "'E' -> 'x', 'y'" in message and "'F'" not in message
-    assert read(*records[::2], on_conflict="error").conflicts == []
+    assert read(*records[::2], on_conflict="error").conflicts == {}
 
 
 def test_num_edits_counts_what_remains(read):
@@ -453,7 +453,7 @@ def test_requests_pass_through_and_are_deduplicated():
     rival = EditRequest("other", "A ", "y")
     data = requests_from_records([ready, {"prompt": " A", "target_new": "x"}, rival, ready])
     assert data.requests == [ready, rival] and data.requests[0] is ready
-    assert (data.duplicates, data.conflicts, data.source) == (2, ["A"], "records")
+    assert (data.duplicates, data.conflicts, data.source) == (2, {"A": ["x", "y"]}, "records")
     assert requests_from_records([ready, rival], on_conflict="last").requests == [rival]
     with pytest.raises(UserError, match="records: prompts with several targets"):
         requests_from_records([ready, rival], on_conflict="error")

@@ -1,14 +1,19 @@
 """Fast exact answers against decoding every token by itself with the plain forward, float32."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from locft_jax import load_model
 from locft_jax.data.tokens import corpus_from_lists
-from locft_jax.evaluation.answers import answer, score_corpus
+from locft_jax.evaluation import answers as answers_module
+from locft_jax.evaluation import generate
+from locft_jax.evaluation.answers import ProbeCache, answer, score_corpus
 from locft_jax.evaluation.generate import Reader
 from locft_jax.model import decoder
+from locft_jax.model.weights import take_tensor
 
 NEW = 32
 LENGTH = 48
@@ -85,6 +90,19 @@ def ask(model, prompts, guesses, stop, new_tokens=NEW, row_length=128, **options
     return got
 
 
+def count_texts(monkeypatch, name="packed"):
+    """A list that grows by the number of texts of every pass, or with `read_batch` of each of its batches
+    that begins with tokens."""
+    counts, function = [], getattr(answers_module, name)
+
+    def counted(*arguments):
+        counts.append(len(arguments[1]) if name == "packed" else 1)
+        return function(*arguments)
+
+    monkeypatch.setattr(answers_module, name, counted)
+    return counts
+
+
 def test_the_answers_are_a_fair_test(truth, stop):
     lengths = [len(a) for a in truth]
     assert sum(n == NEW for n in lengths) > 3  # open-ended ones, and
@@ -110,6 +128,70 @@ def test_short_rows_and_open_ends_at_the_limit(model, prompts, truth, stop):
     guesses = [a[:31] for a in truth]
     answers, proved = ask(model, prompts, guesses, stop, row_length=8)
     assert (answers, proved) == (truth, len(prompts))
+
+
+def test_equal_prompts_are_asked_once(model, prompts, truth, stop, monkeypatch):
+    read = count_texts(monkeypatch)
+    again = [0, 1, 0, 2, 1, 1]
+    answers, proved = ask(
+        model, [prompts[i] for i in again], [truth[0], truth[1], [], truth[2], [], []], stop, new_tokens=8
+    )
+    assert answers == [truth[i][:8] for i in again]
+    assert sum(read) == 3 and proved == 6
+
+
+def test_what_is_known_of_an_answer_is_not_asked(model, prompts, truth, stop):
+    known = [a[: len(a) * (i % 4) // 3] for i, a in enumerate(truth)]
+    guesses = [a[len(k) :] if i % 2 else [] for i, (a, k) in enumerate(zip(truth, known, strict=True))]
+    answers, proved = ask(model, prompts, guesses, stop, known=known)
+    assert answers == truth and 4 <= proved < 16
+    assert ask(model, prompts, [[]] * 16, stop, known=truth) == (truth, 0)
+
+
+def test_batches_shrink_and_what_is_left_waits_for_others(model, prompts, truth, stop, monkeypatch):
+    """Small limits: several passes, several batches a pass, rows that leave and rows that are read anew."""
+    for name, value in {"ROWS": 2, "FEW": 5}.items():
+        monkeypatch.setattr(answers_module, name, value)
+    for name, value in {"BATCH": 8, "LEAST": 2, "FEW": 5}.items():
+        monkeypatch.setattr(generate, name, value)
+    read, sizes, decode = count_texts(monkeypatch), [], generate.decode
+
+    def counted(spec, weights, edits, state, stop):
+        sizes.append(state.left.shape[0])
+        return decode(spec, weights, edits, state, stop)
+
+    monkeypatch.setattr(generate, "decode", counted)
+    answers, _ = ask(model, prompts, [[]] * 16, stop, row_length=32)
+    assert answers == truth
+    assert read[0] == 16 and len(read) > 1  # read anew
+    assert any(b < a for a, b in zip(sizes, sizes[1:], strict=False)) and max(sizes) <= 8
+
+
+@pytest.mark.parametrize("mode", ["device", "host", "disk"])
+def test_passes_before_and_after_an_edit_share_what_is_below_it(
+    model, prompts, truth, stop, mode, monkeypatch
+):
+    cache = ProbeCache(1, mode)
+    name = "model.layers.1.mlp.down_proj.weight"
+    own = take_tensor(model.spec, model.weights, name)
+    before = dataclasses.replace(model, edits={**model.edits, name: own})
+    guesses = guesses_from(truth, stop)
+    answers, proved = ask(before, prompts, guesses, stop, kept=cache)
+    assert answers == truth and cache.source.layer == 1 and cache.source.mode == mode
+    # What was kept is what enters the layer: the rest of the model gives the same answers without tokens.
+    read = count_texts(monkeypatch, "read_batch")
+    assert ask(before, prompts, guesses, stop, kept=cache)[1] == proved
+    assert len(read) > 0  # for the misses
+
+    changed = own + 0.3 * np.random.default_rng(8).standard_normal(own.shape, np.float32)
+    after = dataclasses.replace(model, edits={**model.edits, name: changed})
+    expected, _ = ask(after, prompts, [[]] * 16, stop)
+    assert expected != truth
+    assert ask(after, prompts, guesses, stop, kept=cache)[0] == expected
+    read.clear()
+    # Texts that were not read before are read from their tokens.
+    assert ask(after, prompts, expected, stop, kept=cache) == (expected, 16)
+    assert len(read) == 1
 
 
 def test_no_prompts(model, stop):

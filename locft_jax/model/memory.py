@@ -1,0 +1,190 @@
+"""Will it fit? Bytes that a run needs on each device, against what is there, before anything is loaded.
+
+Certain: the weights in their dtype, and the tuned state (float32 master, two Adam moments, gradient).
+Rough: what one step computes. Only the certain part is a reason to refuse; the rest gives a warning.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+
+from locft_jax.data.tokens import Corpus
+from locft_jax.errors import UserError
+from locft_jax.model.sharding import tensor_spec
+from locft_jax.model.spec import ModelSpec
+from locft_jax.model.weights import Row, locate_tensor, weight_table
+
+SMALLEST_SITE = "model.layers.{}.mlp.down_proj.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The size of one batch: examples, tokens of its packed rows, length of a row, target positions; and
+    the layer from which on it is computed."""
+
+    examples: int
+    tokens: int
+    length: int
+    targets: int
+    first: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """Bytes on each device."""
+
+    weights: int
+    tuned: int
+    step: int
+
+    @property
+    def certain(self) -> int:
+        return self.weights + self.tuned
+
+    def __str__(self) -> str:
+        parts = {"weights": self.weights, "tuned state": self.tuned, "about, for a step": self.step}
+        return ", ".join(f"{as_text(size)} {name}" for name, size in parts.items() if size)
+
+
+def step_of(corpus: Corpus, batch_size: int, row_length: int, first: int) -> Step:
+    """A batch of mean examples, a tenth of its slots empty (packing fills more)."""
+    examples = min(batch_size, len(corpus))
+    length = max(row_length, int(corpus.lengths.max()))
+    rows = math.ceil(1.1 * examples * float(corpus.lengths.mean()) / length)
+    targets = math.ceil(examples * float(corpus.target_lengths.mean()))
+    return Step(examples, rows * length, length, targets, first)
+
+
+def estimate(
+    spec: ModelSpec,
+    sizes: Mapping[str, int],
+    itemsize: int,
+    site: Sequence[str] = (),
+    step: Step | None = None,
+) -> Need:
+    """What a device of a mesh of these `sizes` ({data, model}) holds; `itemsize`: bytes a frozen weight.
+
+    A step keeps, of every token and layer from `first` on, the outputs of the matrix products (query,
+    key, value, attention, output, gate, up, down) in the weights' dtype and its float32 attention
+    scores; of every target the float32 logits and their gradient. The compiler's own figure is 0.6 to
+    0.8 times that in float32 and, on a CPU, which computes bfloat16 in float32, twice that in bfloat16.
+    """
+    mesh = AbstractMesh((sizes["data"], sizes["model"]), ("data", "model"))
+
+    def held(row: Row) -> int:
+        split = "model" in tensor_spec(mesh, spec, row, stacked=False)
+        return math.ceil(math.prod(row.shape) / (sizes["model"] if split else 1))
+
+    table = weight_table(spec)
+    weights = sum(held(row) * max(1, row.layers) for row in table.values()) * itemsize
+    tuned = sum(held(locate_tensor(spec, name)[0]) for name in site) * 4 * np.dtype(np.float32).itemsize
+    used = 0
+    if step is not None:
+        q, f = held(table["q"]) // spec.d_model, held(table["gate"]) // spec.d_model
+        kv, vocabulary = held(table["k"]) // spec.d_model, held(table["embed"]) // spec.d_model
+        token = (2 * q + 2 * kv + 2 * spec.d_model + 2 * f) * itemsize + q // spec.head_dim * step.length * 4
+        used = (spec.n_layers - step.first) * math.ceil(step.tokens / sizes["data"]) * token
+        used += step.targets * vocabulary * 2 * 4
+    return Need(weights, tuned, used)
+
+
+def check_memory(
+    spec: ModelSpec,
+    mesh: Mesh,
+    itemsize: int,
+    site: Sequence[str] = (),
+    step: Step | None = None,
+    room: "Room | None" = None,
+) -> list[str]:
+    """Warnings, of a step that may not fit. Raises UserError, with the smallest remedy, when weights and
+    tuned state do not. `room`: what is free (default: measured)."""
+    room = device_memory(mesh) if room is None else room
+    need = estimate(spec, mesh.shape, itemsize, site, step)
+    where = f"on each of {mesh.size} device(s) ({need})"
+    if need.certain > room.free:
+        raise UserError(
+            f"memory: {as_text(need.certain)} are needed {where}, but {as_text(room.free)} are free; "
+            + remedy(spec, mesh, itemsize, site, room)
+        )
+    if step is None or need.certain + need.step <= room.free:
+        return []
+    examples = step.examples
+    while examples > 1 and need.certain + need.step * examples // step.examples > room.free:
+        examples //= 2
+    both = as_text(need.certain + need.step)
+    return [
+        f"memory may not suffice: {both} {where}, {as_text(room.free)} are free; "
+        f"batch_size={examples} would be safer"
+    ]
+
+
+def remedy(spec: ModelSpec, mesh: Mesh, itemsize: int, site: Sequence[str], room: "Room") -> str:
+    """The smallest change with which weights and tuned state fit: devices that are there before fewer
+    bits, these before a smaller site, and other hardware last."""
+    now, count = mesh.shape["model"], jax.device_count()
+    layers = [locate_tensor(spec, name)[1] for name in site]
+    least = [SMALLEST_SITE.format(layers[0] or 0)] if site else []
+    axes = [now] + [m for m in range(now + 1, count + 1) if count % m == 0 and not room.shared]
+
+    def fits(model: int, itemsize: int, site: Sequence[str]) -> bool:
+        return estimate(spec, {"data": 1, "model": model}, itemsize, site).certain <= room.free
+
+    for sites, tune in ((site, ""), (least, f"rewrite_module={SMALLEST_SITE} in one layer")):
+        for size, dtype in ((itemsize, ""), (min(itemsize, 2), "weights=bfloat16")):
+            for model in axes:
+                if fits(model, size, sites):
+                    axis = f"mesh={{data: {count // model}, model: {model}}}" if model != now else ""
+                    return "use " + " and ".join(filter(None, (axis, dtype, tune)))
+    needed = as_text(estimate(spec, {"data": 1, "model": now}, 2, least).certain)
+    more = next((m for m in (2**k for k in range(1, 14)) if m > count and fits(m, 2, least)), None)
+    devices = f", or {more} such devices with mesh={{data: 1, model: {more}}}" if more else ""
+    return f"even weights=bfloat16 and the smallest site need {needed} there{devices}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """Bytes free on each device; `shared`: they are the host's, and more devices bring no more."""
+
+    free: int
+    shared: bool
+
+
+def device_memory(mesh: Mesh) -> Room:
+    """What is free on the mesh's fullest device here; devices without a memory of their own share the
+    host's."""
+    stats = [d.memory_stats() or {} for d in mesh.local_devices]
+    if all("bytes_limit" in s for s in stats):
+        return Room(min(s["bytes_limit"] - s.get("bytes_in_use", 0) for s in stats), False)
+    return Room(host_memory() // len(stats), True)
+
+
+def host_memory() -> int:
+    """Bytes of host memory that this process may still take: the machine's, or its container's."""
+    free = []
+    for line in _read("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            free.append(int(line.split()[1]) * 1024)
+    limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
+    if limit.strip().isdecimal() and used.strip().isdecimal():
+        cache = [line.split()[1] for line in _read("/sys/fs/cgroup/memory.stat").splitlines()
+                 if line.startswith("inactive_file ")]  # fmt: skip
+        free.append(int(limit) - int(used) + sum(map(int, cache)))
+    return min(free, default=2**63)  # unknown: never a reason to refuse
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def as_text(size: int) -> str:
+    """Bytes for people."""
+    unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB")) if size >= u / 10), (1024, "KiB"))
+    return f"{size / unit:,.2f} {name}"

@@ -1,0 +1,118 @@
+"""What a run needs on each device: counted by hand, split by the mesh, and what is there."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from locft_jax.data.tokens import corpus_from_lists
+from locft_jax.errors import UserError
+from locft_jax.model import hf, memory
+from locft_jax.model.memory import Room, Step, as_text, check_memory, estimate, step_of
+from locft_jax.model.sharding import make_mesh
+from locft_jax.model.spec import parse_spec
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "models"
+SITE = ("model.layers.22.mlp.down_proj.weight",)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return parse_spec(json.loads((CONFIGS / "Meta-Llama-3-8B-Instruct.json").read_text()))
+
+
+def test_bytes_of_a_known_model(llama):
+    need = estimate(llama, {"data": 1, "model": 1}, 2, SITE)
+    assert need.weights == 2 * 8_030_261_248  # Llama-3-8B's parameters
+    assert need.tuned == 4096 * 14336 * 4 * 4  # master, two moments and gradient in float32
+    assert need.step == 0
+    halves = estimate(llama, {"data": 1, "model": 8}, 2, SITE)
+    assert halves.tuned == need.tuned / 8
+    norms = 2 * (2 * 32 + 1) * 4096  # not split
+    assert halves.weights == (need.weights - norms) / 8 + norms
+
+
+def test_what_is_counted_is_what_is_loaded(tiny_model_dir):
+    checkpoint = hf.open_checkpoint(str(tiny_model_dir))
+    mesh = make_mesh({"data": 2, "model": 4})
+    weights = hf.load_weights(checkpoint, mesh)
+    shards = [a.addressable_shards[0].data.nbytes for a in weights.values()]
+    assert estimate(checkpoint.spec, mesh.shape, 4).weights == sum(shards)
+
+
+def test_a_step_grows_with_tokens_and_layers_and_shrinks_with_the_mesh(llama):
+    size = lambda step, data=1, model=1: estimate(llama, {"data": data, "model": model}, 2, SITE, step).step  # noqa: E731
+    step = Step(100, 3072, 64, 600, 22)
+    logits = 600 * 128256 * 2 * 4
+    one = size(step) - logits
+    token = 2 * (2 * 4096 + 2 * 1024 + 2 * 4096 + 2 * 14336) + 32 * 64 * 4  # bf16 products, float32 scores
+    assert one == 10 * 3072 * token
+    assert size(Step(100, 6144, 64, 600, 22)) - logits == 2 * one
+    assert size(Step(100, 3072, 64, 600, 27)) - logits == one / 2
+    assert size(step, data=2) - logits == one / 2
+    assert one / 8 < size(step, model=8) - logits / 8 < one / 3  # the residual stream is not split
+
+
+def test_the_size_of_a_batch_is_that_of_mean_examples():
+    corpus = corpus_from_lists([np.zeros(n) for n in (20, 40)] * 50, [10, 30] * 50)
+    assert step_of(corpus, 20, 64, 3) == Step(20, 11 * 64, 64, 200, 3)
+    assert step_of(corpus, 1000, 32, 3) == Step(100, 83 * 40, 40, 1000, 3)  # all, in rows of the longest
+
+
+def test_a_step_that_does_not_fit_is_a_warning_with_a_batch_size_that_does(llama):
+    mesh = make_mesh({"data": 1, "model": 1}, jax.devices()[:1])
+    step = Step(100, 3072, 64, 600, 22)
+    need = estimate(llama, mesh.shape, 2, SITE, step)
+    room = lambda step: Room(need.certain + step, False)  # noqa: E731
+    assert check_memory(llama, mesh, 2, SITE, step, room(need.step)) == []
+    (warning,) = check_memory(llama, mesh, 2, SITE, step, room(need.step // 3))
+    assert "batch_size=25 would be safer" in warning and "tuned state" in warning
+    assert check_memory(llama, mesh, 2, SITE, None, room(0)) == []
+    with pytest.raises(UserError, match="15.8[0-9] GiB are needed on each of 1 device"):
+        check_memory(llama, mesh, 2, SITE, step, room(-1))
+
+
+def test_what_is_free(monkeypatch):
+    one, all_of_them = (make_mesh({"data": 1, "model": n}, jax.devices()[:n]) for n in (1, 8))
+    monkeypatch.setattr(memory, "host_memory", lambda: 800)
+    assert memory.device_memory(one) == Room(800, True)
+    assert memory.device_memory(all_of_them) == Room(100, True)  # they share it
+
+    class Device:
+        def __init__(self, limit):
+            self.memory_stats = lambda: {"bytes_limit": limit, "bytes_in_use": 5}
+
+    class Mesh:
+        local_devices = [Device(50), Device(30)]
+
+    assert memory.device_memory(Mesh()) == Room(25, False)
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, 2**63),
+        ({"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   7 kB\n"}, 7 * 1024),
+        ({"/proc/meminfo": "MemAvailable: 7 kB\n", "max": "max\n", "current": "5\n"}, 7 * 1024),
+        ({"/proc/meminfo": "MemAvailable: 7 kB\n", "max": "900\n", "current": "500\n"}, 400),
+        ({"max": "900\n", "current": "500\n", "stat": "anon 1\ninactive_file 300\n"}, 700),
+    ],
+)
+def test_what_the_host_has(monkeypatch, files, free):
+    """Of the machine, and of its container if that is less; files that are only cached can go."""
+    monkeypatch.setattr(memory, "_read", lambda path: files.get(path, files.get(path.split(".")[-1], "")))
+    assert memory.host_memory() == free
+
+
+def test_this_machine_has_memory():
+    assert 2**20 < memory.host_memory() <= 2**63
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0.00 KiB"), (1536, "1.50 KiB"), (2**20, "1.00 MiB"), (2**29, "0.50 GiB"), (2**41, "2,048.00 GiB")],
+)
+def test_bytes_for_people(size, text):
+    assert as_text(size) == text
