@@ -77,9 +77,9 @@ def prefix_pass(
 
 
 def empty_values(mode: str, shape: tuple[int, int], dtype: Any, folder: Path | None = None) -> np.ndarray:
-    """Room for a cache of activations [total, D]; on disk: an unnamed file in `folder`."""
+    """Room for a cache of activations [total, D], zeros; on disk: an unnamed file in `folder`."""
     if mode != "disk":
-        return np.empty(shape, dtype)
+        return np.zeros(shape, dtype)
     # The file is unlinked while open: it can never be left behind.
     with tempfile.TemporaryFile(dir=folder) as f:
         return np.memmap(f, dtype, "w+", shape=shape)
@@ -103,8 +103,8 @@ def cached_source(
     base: Edits = {},  # noqa: B006 (never written to)
 ) -> Source:
     """Run every example once through the layers below `layer` and keep what comes out, in corpus
-    order. `mode` as `choose_mode` returned it; a disk cache is an unnamed file in `folder`; `base`:
-    edits that the model already carries."""
+    order (zeros at the last tokens, which no batch reads). `mode` as `choose_mode` returned it; a disk
+    cache is an unnamed file in `folder`; `base`: edits that the model already carries."""
     if mode == "off":
         return token_source(corpus, mesh)
     values = empty_values(mode, (len(corpus.tokens), spec.d_model), weights["embed"].dtype, folder)
