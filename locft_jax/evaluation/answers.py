@@ -27,7 +27,7 @@ from locft_jax.data.tokens import (
 from locft_jax.editing.pipeline import place_batch
 from locft_jax.editing.prefix import Source, empty_values, filled_source, token_source
 from locft_jax.editing.step import target_logits
-from locft_jax.evaluation.generate import FEW, Reader, continue_texts, read_batch
+from locft_jax.evaluation.generate import MOST, Pool, Reader, read_batch
 from locft_jax.model import decoder
 from locft_jax.model.sharding import replicated
 from locft_jax.model.spec import ModelSpec
@@ -104,7 +104,7 @@ class _Questions:
     prompts: Sequence[Sequence[int]]
     answers: list[list[int]]
     drafts: list[list[int]]
-    proved: list[bool]  # by the first pass that read it
+    proved: list[bool | None]  # by the first pass that read it, None before
     new_tokens: int
     stop: np.ndarray
 
@@ -123,13 +123,14 @@ class _Questions:
         parts = [[*h, *self.drafts[i], *[0][:r]] for h, i, r in zip(heads, which, rooms, strict=True)]
         return corpus_from_lists(parts, [len(h) for h in heads])
 
-    def accept(self, i: int, best: Sequence[int], first: bool) -> None:
+    def accept(self, i: int, best: Sequence[int]) -> None:
         """Up to and including the first token that differs, the arg-max is what the model says."""
         draft = self.drafts[i]
         right = next((n for n, (a, b) in enumerate(zip(best, draft, strict=False)) if a != b), len(draft))
         self.answers[i].extend(best[: right + 1])
         draft.clear()
-        self.proved[i] = first and self.done(i)
+        if self.proved[i] is None:
+            self.proved[i] = self.done(i)
 
 
 def answer(
@@ -148,7 +149,7 @@ def answer(
     answers = [list(a) for a in known] if known is not None else [[] for _ in prompts]
     room = [max(0, new_tokens - len(a)) for a in answers]
     drafts = [_until_stop(g, stop)[:r] for g, r in zip(guesses, room, strict=True)]
-    asked = _Questions(prompts, answers, drafts, [False] * len(prompts), new_tokens, stop)
+    asked = _Questions(prompts, answers, drafts, [None] * len(prompts), new_tokens, stop)
     first: dict[tuple[int, ...], int] = {}
     same = [
         first.setdefault((len(p), *p, *a), i) for i, (p, a) in enumerate(zip(prompts, answers, strict=True))
@@ -162,27 +163,21 @@ def answer(
         return left
 
     todo = report(list(first.values()))
-    unread = set(todo)
     if kept is not None and kept.source is not None and kept.corpus is not None:
         numbers = [kept.numbers.get(key) for key in _keys(asked.texts(todo))]
         met = {n: i for n, i in zip(numbers, todo, strict=True) if n is not None}
         for n, best, _ in score_corpus(reader, kept.corpus, kept.source, np.asarray(list(met), np.int64)):
-            asked.accept(met[n], best.tolist(), True)
+            asked.accept(met[n], best.tolist())
             report([met[n]])
-        unread -= set(met.values())
         todo = asked.open(todo)
-    while todo:
-        for which in _read(reader, asked, todo, unread, kept):
-            report(which)
-        todo, unread = asked.open(todo), set()
-    return [answers[i] for i in same], sum(asked.proved[i] for i in same)
+    if todo:
+        for i in _read(reader, asked, todo, kept):
+            report([i])
+    return [answers[i] for i in same], sum(bool(asked.proved[i]) for i in same)
 
 
-def _read(
-    reader: Reader, asked: _Questions, todo: Sequence[int], unread: set[int], kept: ProbeCache | None
-) -> Iterator[list[int]]:
-    """One pass over all of `todo`, and decoding of what it leaves open, save a few of each batch that
-    wait for others: yields those of each batch of the pass."""
+def _read(reader: Reader, asked: _Questions, todo: Sequence[int], kept: ProbeCache | None) -> Iterator[int]:
+    """One pass over all of `todo`, and decoding of what it leaves open: yields each when it is done."""
     spec, mesh, corpus = reader.spec, reader.mesh, asked.texts(todo)
     layer = kept.layer if kept is not None else 0
     fill = kept if kept is not None and kept.corpus is None else None
@@ -190,28 +185,49 @@ def _read(
         fill.corpus, fill.numbers = corpus, {key: n for n, key in enumerate(_keys(corpus))}
         values = empty_values(fill.mode, (len(corpus.tokens), spec.d_model), reader.weights["embed"].dtype)
     tokens = jax.device_put(corpus.tokens, replicated(mesh))
-    place = np.zeros(len(corpus.tokens), np.int32)  # of each token among the B * T of its batch
-    for chunk, batch, last in packed(corpus, np.arange(len(corpus)), reader):
+    pool, unread = None, len(corpus)
+
+    def settle(decoded: Iterator[tuple[int, list[int]]]) -> Iterator[int]:
+        for i, more in decoded:
+            asked.answers[i].extend(more)
+            yield i
+
+    for chunk, batch, _ in packed(corpus, np.arange(len(corpus)), reader):
         best, entering, cache = read_batch(
             spec, layer, reader.weights, reader.edits, tokens, place_batch(batch, mesh)
         )
         used = np.flatnonzero(batch.rows.segments)
-        place[batch.index.reshape(-1)[used]] = used
         if fill is not None:
             values[batch.index.reshape(-1)[used]] = np.asarray(entering).reshape(-1, spec.d_model)[used]
         for n, got in zip(chunk, by_example(batch, best), strict=True):
-            asked.accept(todo[n], got.tolist(), todo[n] in unread)
+            asked.accept(todo[n], got.tolist())
+        yield from (i for i in (todo[n] for n in chunk) if asked.done(i))
         live = [n for n in chunk if not asked.done(todo[n])]
-        if last or len(live) >= FEW:
-            texts = [[*asked.prompts[todo[n]], *asked.answers[todo[n]]] for n in live]
-            slots = [place[corpus.offsets[n] :][: len(t) - 1] for n, t in zip(live, texts, strict=True)]
-            room = [asked.new_tokens - len(asked.answers[todo[n]]) for n in live]
-            ends = [t[-1] for t in texts]
-            most = asked.new_tokens - 1  # the pass has shown one
-            said = continue_texts(reader, cache, slots, ends, room, most, asked.stop, last)
-            for n, more in zip(live, said, strict=True):
-                asked.answers[todo[n]].extend(more)
-        yield [todo[n] for n in chunk]
+        unread -= len(chunk)
+        if not live:
+            continue
+        where = np.zeros(len(corpus.tokens), np.int32)
+        where[batch.index.reshape(-1)[used]] = used
+        texts = [[*asked.prompts[todo[n]], *asked.answers[todo[n]]] for n in live]
+        slots = few_sizes(int(corpus.lengths[chunk].max()), 32, 1)
+        if pool is not None and slots < pool.slots:  # longest first
+            yield from settle(pool.finish())
+            pool = None
+        if pool is None:
+            # One token less than an answer: the pass has shown the first.
+            rows = min(MOST, len(live) + unread)
+            pool = Pool(reader, rows, slots, asked.new_tokens - 1, asked.stop)
+        yield from settle(
+            pool.add(
+                cache,
+                [todo[n] for n in live],
+                [where[corpus.offsets[n] :][: len(t) - 1] for n, t in zip(live, texts, strict=True)],
+                [t[-1] for t in texts],
+                [asked.new_tokens - len(asked.answers[todo[n]]) for n in live],
+            )
+        )
+    if pool is not None:
+        yield from settle(pool.finish())
     if fill is not None:
         fill.source = filled_source(values, fill.layer, fill.mode, mesh)
 

@@ -1,14 +1,15 @@
-"""Greedy decoding with a KV cache: what runs on the device.
+"""Greedy decoding with a KV cache, in a pool of rows.
 
-A packed pass reads texts and keeps their keys and values; rows of a decoding batch take theirs from
-it, token by token go on, and leave when they are done. Shapes are few (`few_sizes`).
+A packed pass reads texts and keeps their keys and values. Each text that is to go on takes a row of the
+pool, and gives it to another when it is done, so that few rows are there for nothing. Shapes are few.
 
-Letters as in decoder.py; R rows of a decoding batch, C cache slots, P of them for the texts so far.
+Letters as in decoder.py; R rows of the pool, P slots of a row for what was read, N for what is new.
+The new slots are a ring: in every step all rows write to the same one, and none needs more than N.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,13 +19,12 @@ from jax.sharding import Mesh
 
 from locft_jax.data.tokens import Batch, few_sizes
 from locft_jax.model import decoder
-from locft_jax.model.sharding import replicated, rows_sharding
+from locft_jax.model.sharding import replicated
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights
 
-BATCH = 256  # rows of a full batch
+MOST = 256  # rows of a full pool
 LEAST = 16  # rows of the smallest: a smaller one is no faster, its time is that of reading the weights
-FEW = 32  # rows that rather wait for others than go on by themselves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,22 +40,18 @@ class Reader:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Decoding:
-    """A batch of R texts that are being continued. Texts end at slot P, so that every row's next
-    token goes to the same slot."""
+class Rows:
+    """The pool on the device. A text ends at slot P of its row; its last token is not in the cache yet."""
 
-    keys: Any  # [L, R, K, H, C]: as the products of one query a row read them, without a copy
-    values: Any  # [L, R, K, C, H]
+    keys: Any  # [L, R, K, H, P + N]: as the product with one query a row reads them, without a copy
+    values: Any  # [L, R, K, P + N, H]
     pads: Any  # [R] int32: slots before the text begins
-    left: Any  # [R] int32: how many more tokens are allowed, 0: done
-    token: Any  # [R] int32: the text's last token, not yet in the cache
-    slot: Any  # int32: where it goes
-    said: Any  # [R, C - P] int32: what was decoded, -1 where nothing was
-
-
-def fewer(rows: int) -> int:
-    """How many rows a batch of `rows` shrinks to when so few are left."""
-    return max(LEAST, few_sizes(-(-rows // 2)))
+    begun: Any  # [R] int32: the step at which it came
+    left: Any  # [R] int32: how many more tokens are allowed; 0: done, the row is free
+    made: Any  # [R] int32: how many were made
+    token: Any  # [R] int32: the last one
+    said: Any  # [R, N] int32: those that were made; step s is at s % N
+    step: Any  # int32
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -88,70 +84,83 @@ def read_batch(
     return best, entering, (cache[0], cache[1])
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, donate_argnums=0)
 def admit(
-    new_tokens: int,
+    pool: Rows,
     cache: decoder.KeysValues,
-    index: jax.Array,
+    rows: jax.Array,
+    places: jax.Array,
     pads: jax.Array,
     left: jax.Array,
     token: jax.Array,
-) -> Decoding:
-    """Rows out of a pass: `index` [R, P] places in its B * T (any at padding); room for `new_tokens`."""
+) -> Rows:
+    """Texts out of a pass into `rows` [A] (R: nowhere): `places` [A, P] of their tokens among its B * T
+    (any at padding)."""
     layers, _, _, heads, width = cache[0].shape
-    keys, values = (a.reshape(layers, -1, heads, width)[:, index] for a in cache)  # [L, R, P, K, H]
-    room = ((0, 0), (0, 0), (0, 0), (0, new_tokens), (0, 0))
-    values = jnp.pad(jnp.swapaxes(values, 2, 3), room)
-    keys = jnp.swapaxes(jnp.pad(jnp.swapaxes(keys, 2, 3), room), 3, 4)
-    said = jnp.full((index.shape[0], new_tokens), -1, jnp.int32)
-    return Decoding(keys, values, pads, left, token, jnp.int32(index.shape[1]), said)
+    keys, values = (a.reshape(layers, -1, heads, width)[:, places] for a in cache)  # [L, A, P, K, H]
+    slots = places.shape[1]
+    put = lambda a, b: a.at[rows].set(b, mode="drop")  # noqa: E731
+    return dataclasses.replace(
+        pool,
+        keys=pool.keys.at[:, rows, :, :, :slots].set(keys.transpose(0, 1, 3, 4, 2), mode="drop"),
+        values=pool.values.at[:, rows, :, :slots].set(values.swapaxes(2, 3), mode="drop"),
+        pads=put(pool.pads, pads),
+        begun=put(pool.begun, pool.step),
+        left=put(pool.left, left),
+        made=put(pool.made, 0),
+        token=put(pool.token, token),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def decode(spec: ModelSpec, weights: Weights, edits: Edits, state: Decoding, stop: jax.Array) -> Decoding:
-    """Greedy tokens until no more than `fewer(R)` rows are left (a smaller batch can go on with
-    those), or all are done: a row ends with a token of the stop set (`stop` [V] bool)."""
-    windows, rows = decoder.windows(spec), state.left.shape[0]
-    enough = fewer(rows) if rows > LEAST else 0
-    slots = state.values.shape[3]
-    first = slots - state.said.shape[1]
+def decode(
+    spec: ModelSpec, weights: Weights, edits: Edits, pool: Rows, stop: jax.Array, enough: jax.Array
+) -> Rows:
+    """Greedy tokens until at most `enough` rows are left: a row ends with a token of the stop set
+    (`stop` [V] bool), or when no more are allowed."""
+    windows, ring = decoder.windows(spec), pool.said.shape[1]
+    read = pool.values.shape[3] - ring  # P
 
-    def more(s: Decoding) -> jax.Array:
+    def more(s: Rows) -> jax.Array:
         return jnp.sum(s.left > 0) > enough
 
-    def step(s: Decoding) -> Decoding:
-        positions = s.slot - s.pads  # [R]; of an unused row: anything
-        distance = s.slot - jnp.arange(slots)  # [C]
-        seen = (distance >= 0) & (jnp.arange(slots) >= s.pads[:, None])  # [R, C]
+    def step(s: Rows) -> Rows:
+        age, here = (s.step - s.begun)[:, None], s.step % ring
+        positions = read - s.pads + age[:, 0]  # [R]
+        old, new = jnp.arange(read), (s.step - jnp.arange(ring)) % ring  # new: how many steps ago
+        distance = jnp.concatenate([read - old + age, jnp.broadcast_to(new, s.said.shape)], axis=1)
+        seen = jnp.concatenate([old >= s.pads[:, None], new <= age], axis=1)  # [R, P + N]
 
         def body(w: dict[str, jax.Array], l: Any, carry: tuple) -> tuple:
             x, keys, values = carry
             h = decoder.rms_norm(x, w["attn_norm"], spec.rms_eps)
             k, v = decoder.keys_values(spec, w, h, positions)
-            keys = jax.lax.dynamic_update_slice(keys, k[None, ..., None], (l, 0, 0, 0, s.slot))
-            values = jax.lax.dynamic_update_slice(values, v[None, :, :, None], (l, 0, 0, s.slot, 0))
-            here = lambda a: jax.lax.dynamic_index_in_dim(a, l, keepdims=False)  # noqa: E731
+            keys = jax.lax.dynamic_update_slice(keys, k[None, ..., None], (l, 0, 0, 0, read + here))
+            values = jax.lax.dynamic_update_slice(values, v[None, :, :, None], (l, 0, 0, read + here, 0))
+            own = lambda a: jax.lax.dynamic_index_in_dim(a, l, keepdims=False)  # noqa: E731
             q = decoder.queries(spec, w, h, positions)
             mask = seen & (distance < windows[l])
-            x = x + decoder.linear(attend(q, here(keys), here(values), mask), w["o"])
+            x = x + decoder.linear(attend(q, own(keys), own(values), mask), w["o"])
             return decoder.mlp(spec, w, x), keys, values
 
         x = decoder.embed(spec, weights, edits, s.token)  # [R, D]
         carry = (x, s.keys, s.values)
         x, keys, values = decoder.fold_layers(spec, weights, edits, body, carry, 0, spec.n_layers)
         token = decoder.best_token(decoder.head(spec, weights, edits, x))
-        new = jnp.where(s.left > 0, token, -1)[:, None]
+        live = s.left > 0
+        said = jnp.where(live, token, jax.lax.dynamic_index_in_dim(s.said, here, 1, keepdims=False))
         return dataclasses.replace(
             s,
             keys=keys,
             values=values,
             left=jnp.where(stop[token], 0, jnp.maximum(s.left - 1, 0)),
+            made=s.made + live,
             token=token,
-            slot=s.slot + 1,
-            said=jax.lax.dynamic_update_slice(s.said, new, (0, s.slot - first)),
+            said=jax.lax.dynamic_update_slice(s.said, said[:, None], (0, here)),
+            step=s.step + 1,
         )
 
-    return jax.lax.while_loop(more, step, state)
+    return jax.lax.while_loop(more, step, pool)
 
 
 def attend(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
@@ -165,52 +174,79 @@ def attend(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) ->
 
 
 @jax.jit
-def keep_rows(state: Decoding, rows: jax.Array) -> Decoding:
-    """The batch of the rows `rows` [r] alone."""
-    kept = {name: getattr(state, name)[rows] for name in ("pads", "left", "token", "said")}
-    return Decoding(keys=state.keys[:, rows], values=state.values[:, rows], slot=state.slot, **kept)
+def keep_rows(pool: Rows, rows: jax.Array) -> Rows:
+    """The pool of `rows` [r] alone."""
+    kept = {name: getattr(pool, name)[rows] for name in ("pads", "begun", "left", "made", "token", "said")}
+    return Rows(keys=pool.keys[:, rows], values=pool.values[:, rows], step=pool.step, **kept)
 
 
-def continue_texts(
-    reader: Reader,
-    cache: decoder.KeysValues,
-    places: Sequence[np.ndarray],
-    tokens: Sequence[int],
-    room: Sequence[int],
-    most: int,
-    stop: np.ndarray,
-    all_of_them: bool,
-) -> list[list[int]]:
-    """Greedy tokens behind texts that a pass has read. A text is `places` of its tokens but the last
-    among the cache's B * T, and the last in `tokens`; `room`: how many more are allowed (at most
-    `most`). Without `all_of_them` the last FEW of a batch may be left unfinished."""
-    stop_set = jax.device_put(stop, replicated(reader.mesh))
-    said: list[list[int]] = []
-    parts = -(-len(places) // BATCH)
-    for which in np.array_split(np.arange(len(places)), parts) if parts else ():
-        rows = few_sizes(len(which), LEAST, 4)
-        longest = max(len(places[i]) for i in which)
-        slots = few_sizes(longest, 8)
-        index = np.zeros((rows, slots), np.int32)
-        pads, left, token = np.full(rows, slots, np.int32), np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        for row, i in enumerate(which):
-            pads[row], left[row], token[row] = slots - len(places[i]), room[i], tokens[i]
-            index[row, pads[row] :] = places[i]
-        place = functools.partial(jax.device_put, device=rows_sharding(reader.mesh, rows))
-        state = admit(most, cache, place(index), place(pads), place(left), place(token))
-        out: list[list[int]] = [[] for _ in which]
-        alive = np.arange(len(which))  # of each row of the state: which text it is
-        while True:
-            state = decode(reader.spec, reader.weights, reader.edits, state, stop_set)
-            for row, text in zip(np.asarray(state.said), alive, strict=False):
-                out[text] = row[row >= 0].tolist()
-            going = np.flatnonzero(np.asarray(state.left) > 0)
-            alive = alive[going]
-            if not len(alive) or (len(alive) <= FEW and not all_of_them):
-                break
-            rows = fewer(rows)
-            idle = np.flatnonzero(np.asarray(state.left) == 0)[:1]  # stands in for rows that nobody needs
-            chosen = np.concatenate([going, np.repeat(idle, rows - len(going))]).astype(np.int32)
-            state = keep_rows(state, jax.device_put(chosen, replicated(reader.mesh)))
-        said += out
-    return said
+class Pool:
+    """Texts that are being continued. `add` takes what a pass has read, `finish` waits for all; both
+    yield (text, tokens) of those that got done."""
+
+    def __init__(self, reader: Reader, rows: int, slots: int, new_tokens: int, stop: np.ndarray) -> None:
+        spec, self.reader, self.slots = reader.spec, reader, slots
+        self.stop = jax.device_put(stop, replicated(reader.mesh))
+        self.text = np.full(few_sizes(rows, LEAST), -1)  # of each row, -1: free
+        rows, shape = len(self.text), (spec.n_kv_heads, spec.head_dim, slots + new_tokens)
+        dtype = reader.weights["embed"].dtype
+        self.pool = Rows(
+            keys=jnp.zeros((spec.n_layers, rows, *shape), dtype),
+            values=jnp.zeros((spec.n_layers, rows, shape[0], shape[2], shape[1]), dtype),
+            **{name: jnp.zeros(rows, jnp.int32) for name in ("pads", "begun", "left", "made", "token")},
+            said=jnp.zeros((rows, new_tokens), jnp.int32),
+            step=jnp.int32(0),
+        )
+
+    def add(
+        self,
+        cache: decoder.KeysValues,
+        texts: Sequence[int],
+        places: Sequence[np.ndarray],
+        tokens: Sequence[int],
+        room: Sequence[int],
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Number of each text, `places` of its tokens but the last among the cache's B * T, the last, and
+        how many more are allowed."""
+        each = max(1, len(self.text) // 4)
+        for start in range(0, len(texts), each):
+            which = range(start, min(start + each, len(texts)))
+            yield from self._run(len(self.text) - len(which))
+            rows, free = np.full(each, len(self.text), np.int32), np.flatnonzero(self.text < 0)
+            index, pads = np.zeros((each, self.slots), np.int32), np.full(each, self.slots, np.int32)
+            left, last = np.zeros(each, np.int32), np.zeros(each, np.int32)
+            for n, i in enumerate(which):
+                rows[n], pads[n], left[n], last[n] = free[n], self.slots - len(places[i]), room[i], tokens[i]
+                index[n, pads[n] :] = places[i]
+                self.text[free[n]] = texts[i]
+            self.pool = admit(self.pool, cache, *map(self._place, (rows, index, pads, left, last)))
+
+    def finish(self) -> Iterator[tuple[int, list[int]]]:
+        while (self.text >= 0).any():
+            live = np.flatnonzero(self.text >= 0)
+            size = few_sizes(len(live), LEAST, 1)
+            if 2 * size <= len(self.text):
+                idle = np.flatnonzero(self.text < 0)[: size - len(live)]
+                rows = np.concatenate([live, idle])
+                self.text, self.pool = (
+                    self.text[rows],
+                    keep_rows(self.pool, self._place(rows.astype(np.int32))),
+                )
+            yield from self._run(len(self.text) // 4 if len(self.text) > LEAST else 0)
+
+    def _place(self, a: np.ndarray | np.generic) -> jax.Array:
+        return jax.device_put(a, replicated(self.reader.mesh))
+
+    def _run(self, enough: int) -> Iterator[tuple[int, list[int]]]:
+        """Decode until at most `enough` rows are taken; free those that are done."""
+        if (self.text >= 0).sum() <= enough:
+            return
+        r = self.reader
+        self.pool = pool = decode(
+            r.spec, r.weights, r.edits, self.pool, self.stop, self._place(np.int32(enough))
+        )
+        left, made, begun, said = map(np.asarray, (pool.left, pool.made, pool.begun, pool.said))
+        for row in np.flatnonzero((self.text >= 0) & (left == 0)):
+            steps = (begun[row] + np.arange(made[row])) % said.shape[1]
+            yield int(self.text[row]), said[row, steps].tolist()
+            self.text[row] = -1

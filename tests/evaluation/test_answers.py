@@ -148,23 +148,23 @@ def test_what_is_known_of_an_answer_is_not_asked(model, prompts, truth, stop):
     assert ask(model, prompts, [[]] * 16, stop, known=truth) == (truth, 0)
 
 
-def test_batches_shrink_and_what_is_left_waits_for_others(model, prompts, truth, stop, monkeypatch):
-    """Small limits: several passes, several batches a pass, rows that leave and rows that are read anew."""
-    for name, value in {"ROWS": 2, "FEW": 5}.items():
-        monkeypatch.setattr(answers_module, name, value)
-    for name, value in {"BATCH": 8, "LEAST": 2, "FEW": 5}.items():
-        monkeypatch.setattr(generate, name, value)
-    read, sizes, decode = count_texts(monkeypatch), [], generate.decode
+def test_rows_of_the_pool_are_taken_again_and_the_pool_shrinks(model, prompts, truth, stop, monkeypatch):
+    """A small pool, several passes, texts of several lengths: rows are taken again, the ring goes round."""
+    monkeypatch.setattr(answers_module, "ROWS", 2)
+    monkeypatch.setattr(answers_module, "MOST", 6)
+    monkeypatch.setattr(generate, "LEAST", 2)
+    sizes, decode = [], generate.decode
 
-    def counted(spec, weights, edits, state, stop):
-        sizes.append(state.left.shape[0])
-        return decode(spec, weights, edits, state, stop)
+    def counted(spec, weights, edits, pool, stop, enough):
+        sizes.append(pool.left.shape[0])
+        return decode(spec, weights, edits, pool, stop, enough)
 
     monkeypatch.setattr(generate, "decode", counted)
-    answers, _ = ask(model, prompts, [[]] * 16, stop, row_length=32)
-    assert answers == truth
-    assert read[0] == 16 and len(read) > 1  # read anew
-    assert any(b < a for a, b in zip(sizes, sizes[1:], strict=False)) and max(sizes) <= 8
+    long = [[*p, *a[:24]] for p, a in zip(prompts, truth, strict=True) if len(a) > 24]
+    answers, _ = ask(model, [*prompts, *long], [[]] * (16 + len(long)), stop, row_length=32)
+    assert answers[:16] == truth
+    assert [a[: NEW - 24] for a in answers[16:]] == [a[24:] for a in truth if len(a) > 24]
+    assert max(sizes) == 6 and min(sizes) == 2 and sizes.count(6) > 4
 
 
 @pytest.mark.parametrize("mode", ["device", "host", "disk"])
