@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from locft_jax.data.tokens import Batch, few_sizes
 from locft_jax.model import decoder
-from locft_jax.model.sharding import replicated
+from locft_jax.model.sharding import cache_sharding, replicated
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights
 
@@ -180,23 +180,29 @@ def keep_rows(pool: Rows, rows: jax.Array) -> Rows:
     return Rows(keys=pool.keys[:, rows], values=pool.values[:, rows], step=pool.step, **kept)
 
 
+def _empty(reader: Reader, rows: int, slots: int, new_tokens: int) -> Rows:
+    """A pool with nobody in it."""
+    spec, mesh, dtype = reader.spec, reader.mesh, reader.weights["embed"].dtype
+    heads, width, length = spec.n_kv_heads, spec.head_dim, slots + new_tokens
+    cache, row = (cache_sharding(mesh, rows, heads, axis) for axis in (1, 0))
+    return Rows(
+        keys=jnp.zeros((spec.n_layers, rows, heads, width, length), dtype, device=cache),
+        values=jnp.zeros((spec.n_layers, rows, heads, length, width), dtype, device=cache),
+        **{n: jnp.zeros(rows, jnp.int32, device=row) for n in ("pads", "begun", "left", "made", "token")},
+        said=jnp.zeros((rows, new_tokens), jnp.int32, device=row),
+        step=jnp.zeros((), jnp.int32, device=replicated(mesh)),
+    )
+
+
 class Pool:
     """Texts that are being continued. `add` takes what a pass has read, `finish` waits for all; both
     yield (text, tokens) of those that got done."""
 
     def __init__(self, reader: Reader, rows: int, slots: int, new_tokens: int, stop: np.ndarray) -> None:
-        spec, self.reader, self.slots = reader.spec, reader, slots
+        self.reader, self.slots = reader, slots
         self.stop = jax.device_put(stop, replicated(reader.mesh))
         self.text = np.full(few_sizes(rows, LEAST), -1)  # of each row, -1: free
-        rows, shape = len(self.text), (spec.n_kv_heads, spec.head_dim, slots + new_tokens)
-        dtype = reader.weights["embed"].dtype
-        self.pool = Rows(
-            keys=jnp.zeros((spec.n_layers, rows, *shape), dtype),
-            values=jnp.zeros((spec.n_layers, rows, shape[0], shape[2], shape[1]), dtype),
-            **{name: jnp.zeros(rows, jnp.int32) for name in ("pads", "begun", "left", "made", "token")},
-            said=jnp.zeros((rows, new_tokens), jnp.int32),
-            step=jnp.int32(0),
-        )
+        self.pool = _empty(reader, len(self.text), slots, new_tokens)
 
     def add(
         self,

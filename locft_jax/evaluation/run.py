@@ -132,7 +132,7 @@ def ask(
     ]
     prompts, begun = [asked.prompts[i] for i in more], [tokens[i] for i in more]
     drafts = [_rest(guesses[i], tokens[i]) for i in more]
-    found, _ = answer(reader, prompts, drafts, NEW_TOKENS, eos_only, known=begun)
+    found, _ = answer(reader, prompts, drafts, NEW_TOKENS, eos_only, known=begun, kept=kept)
     for i, text in zip(more, model.tokenizer.batch_decode(found, skip_special_tokens=True), strict=True):
         said[i] = text
     full = [t.strip() for t in said]
