@@ -1,0 +1,93 @@
+"""Where things lie in the compiled programs of a mesh: what is split stays split."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from locft_jax.data.tokens import corpus_from_lists, fit_shape, pack
+from locft_jax.editing.pipeline import place_batch
+from locft_jax.editing.site import read_site
+from locft_jax.editing.step import Hyper, init_state, train_step
+from locft_jax.evaluation.answers import score_batch
+from locft_jax.evaluation.generate import Pool, Reader, decode, read_batch
+from locft_jax.model import decoder
+from locft_jax.model.sharding import cache_sharding, make_mesh, replicated, tensor_sharding
+from locft_jax.model.spec import parse_spec
+from locft_jax.model.weights import init_weights, weight_table
+
+VOCABULARY = 520  # no other size is this number
+SITE = "model.layers.1.mlp.down_proj.weight"
+
+
+def programs(tie, mesh):
+    """Every program that computes logits, compiled for the mesh."""
+    spec = parse_spec(
+        {
+            "model_type": "llama",
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": tie,
+        }
+    )
+    table = weight_table(spec)
+    weights = {
+        k: jax.device_put(a, tensor_sharding(mesh, spec, table[k]))
+        for k, a in init_weights(spec, jax.random.key(0)).items()
+    }
+    rng = np.random.default_rng(0)
+    corpus = corpus_from_lists([rng.integers(0, VOCABULARY, 9) for _ in range(16)], [4] * 16)
+    batch = pack(corpus, np.arange(16), fit_shape(corpus, [np.arange(16)], 32, 2))
+    batch, ids = place_batch(batch, mesh), jax.device_put(corpus.tokens, replicated(mesh))
+    state = init_state(read_site(spec, weights, (SITE,), mesh))
+    pool = Pool(Reader(spec, weights, {}, mesh), 16, 32, 8, np.zeros(VOCABULARY, bool))
+    return {
+        "train": train_step.lower(spec, 0, Hyper(1e-3, 0.0, 0.0), state, weights, {}, ids, batch),
+        "score": score_batch.lower(spec, 0, weights, {}, ids, batch),
+        "read": read_batch.lower(spec, 1, weights, {}, ids, batch),
+        "decode": decode.lower(spec, weights, {}, pool.pool, pool.stop, jnp.int32(0)),
+    }
+
+
+def whole(text):
+    """Arrays in a compiled program that hold all of the vocabulary (but the set of stop tokens)."""
+    sizes = re.findall(r"\b(\w+)\[([\d,]+)\]", text)
+    return {
+        f"{kind}[{size}]" for kind, size in sizes if kind != "pred" and str(VOCABULARY) in size.split(",")
+    }
+
+
+@pytest.mark.parametrize(("tie", "shape"), [(True, (1, 8)), (False, (2, 4))])
+def test_logits_stay_split_over_the_vocabulary(tie, shape):
+    mesh = make_mesh({"data": shape[0], "model": shape[1]})
+    for name, lowered in programs(tie, mesh).items():
+        text = lowered.compile().as_text()
+        assert f"{VOCABULARY // shape[1]}]" in text or f",{VOCABULARY // shape[1]}," in text, name
+        assert not whole(text), name
+
+
+def test_on_one_device_they_would_be_whole():
+    mesh = make_mesh({"data": 1, "model": 1}, jax.devices()[:1])
+    assert all(whole(lowered.compile().as_text()) for lowered in programs(True, mesh).values())
+
+
+def test_a_cache_splits_rows_and_heads_where_they_divide():
+    mesh = make_mesh({"data": 2, "model": 4})
+    spec = lambda *sizes: cache_sharding(mesh, *sizes).spec  # noqa: E731
+    assert spec(16, 8) == jax.P(None, "data", "model")
+    assert spec(16, 2) == jax.P(None, "data") and spec(5, 8) == jax.P(None, None, "model")
+    assert spec(5, 2) == jax.P() and spec(16, 8, 0) == jax.P("data")
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 97, 320, 1000])
+def test_best_token_is_the_first_arg_max(size):
+    scores = np.random.default_rng(size).integers(0, 4, (3, 5, size)).astype(np.float32)  # many ties
+    best = jax.jit(decoder.best_token)(scores)
+    assert best.dtype == jnp.int32
+    np.testing.assert_array_equal(best, scores.argmax(-1))
