@@ -85,6 +85,15 @@ def signal_at(monkeypatch, step: int, number: int = signal.SIGTERM):
 # ---------------------------------------------------------------- kill -9, SIGTERM
 
 
+# `python -m locft_jax.edit`, with torch hidden: transformers would take seconds to import it each time.
+PROGRAM = """\
+import sys
+sys.modules["torch"] = None
+from locft_jax.edit import main, run_command
+sys.exit(run_command(main))
+"""
+
+
 def start(arguments: list[str], cache: Path) -> subprocess.Popen:
     """The edit command as a program of its own, with compiled code shared among all of them."""
     environment = {
@@ -95,7 +104,7 @@ def start(arguments: list[str], cache: Path) -> subprocess.Popen:
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, "-m", "locft_jax.edit", *arguments]
+    command = [sys.executable, "-c", PROGRAM, *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment, cwd=cache, **pipes)
 
