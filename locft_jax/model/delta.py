@@ -70,10 +70,14 @@ def load_delta(path: Path) -> Delta:
     """Read a delta. Raises UserError for a file that is missing, corrupt or no delta."""
     try:
         with safe_open(path, "np") as f:
-            tensors = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            dtypes = {n: f.get_slice(n).get_dtype() for n in f.keys()}  # noqa: SIM118 (no mapping)
+            foreign = [n for n, dtype in dtypes.items() if dtype not in DTYPES]
+            tensors = {} if foreign else {n: f.get_tensor(n) for n in dtypes}
             metadata = f.metadata() or {}
     except (SafetensorError, OSError, ValueError) as e:
         raise UserError(f"{path}: not a readable delta file: {explain(path, e)}") from None
+    if foreign:
+        raise UserError(f"{path}: {foreign[0]} is {dtypes[foreign[0]]}; it must be {', '.join(DTYPES)}")
     new = {n: a for n, a in tensors.items() if not n.startswith(BASE)}
     base = {n.removeprefix(BASE): a for n, a in tensors.items() if n.startswith(BASE)}
     if not new or set(new) != set(base) or "fingerprint" not in metadata:
@@ -81,6 +85,8 @@ def load_delta(path: Path) -> Delta:
     for name, value in new.items():
         if (value.shape, value.dtype) != (base[name].shape, base[name].dtype):
             raise UserError(f"{path}: {name} and its base:: twin differ in shape or dtype")
+        if not np.isfinite(value).all():
+            raise UserError(f"{path}: NaN or infinity in {name}; make the delta again")
     return Delta(new, base, metadata)
 
 

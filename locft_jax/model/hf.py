@@ -263,8 +263,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             str(checkpoint.folder), trust_remote_code=False, local_files_only=True
         )
-    except Exception as e:  # any failure here means an unusable tokenizer folder
-        raise UserError(f"{checkpoint.folder}: the tokenizer cannot be loaded ({str(e)[:200]})") from None
+        tokenizer("a")  # some settings are only looked at here
+    except BaseException as e:  # any failure means unusable files; a panic in Rust is no Exception
+        if isinstance(e, KeyboardInterrupt | SystemExit):
+            raise
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"{checkpoint.folder}: the tokenizer cannot be loaded ({reason})") from None
     if not tokenizer.is_fast:
         raise UserError(f"{checkpoint.folder}: no fast tokenizer (tokenizer.json) in this model folder")
     return tokenizer
