@@ -19,6 +19,7 @@ from locft_jax.edit import main as edit
 from locft_jax.errors import one_screen, printable
 from locft_jax.evaluate import main as evaluate
 from locft_jax.model import hf, memory
+from locft_jax.model.delta import make_delta, save_delta
 from locft_jax.model.memory import Room
 
 QUICK = {"evaluate": "false", "num_steps": 1, "export": "[]"}
@@ -255,6 +256,17 @@ def file(name: str, text: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_text(text)
 
 
+def tokenizer(key: str, value: Any) -> Callable[[Path], None]:
+    """Change a field of the tokenizer's own model."""
+
+    def damage(folder: Path) -> None:
+        found = json.loads((folder / "tokenizer.json").read_text())
+        found["model"][key] = value
+        (folder / "tokenizer.json").write_text(json.dumps(found))
+
+    return damage
+
+
 def gone(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
@@ -328,6 +340,12 @@ MODELS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "no-tokenizer": (gone("tokenizer.json"), ("no tokenizer (tokenizer.json) in this model folder",)),
     "bad-tokenizer": (file("tokenizer.json", "{}"), ("the tokenizer cannot be loaded",)),
     "tokenizer-config": (file("tokenizer_config.json", "["), ("the tokenizer cannot be loaded",)),
+    # These two were found by fuzzing (tests/fuzz): a panic of the Rust library, a setting looked at late.
+    "tokenizer-panics": (tokenizer("continuing_subword_prefix", "</s>"), ("the tokenizer cannot be loaded",)),
+    "tokenizer-length": (
+        file("tokenizer_config.json", '{"eos_token": "</s>", "model_max_length": "256"}'),
+        ("the tokenizer cannot be loaded",),
+    ),
     "no-eos": (file("tokenizer_config.json", "{}"), ("no EOS token", "append_eos=false")),
 }  # fmt: skip
 
@@ -413,6 +431,25 @@ def test_weights_that_are_not_finite(refused, edit_arguments, edits_file, tiny_m
         message = refused(command, arguments, loads=True)
         assert f"{folder}: NaN or infinity (as float32) in these tensors" in message
         assert [line.strip() for line in message.splitlines()[1:]] == [DOWN, "model.norm.weight"]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        (WEIGHTS, raw(lambda b: b), "no delta of this program"),
+        ("delta.safetensors", raw(lambda b: b[:-9], "delta.safetensors"), "bytes of data; fetch it again"),
+        ("delta.safetensors", file("delta.safetensors", POINTER), "git-lfs pointer"),
+        ("gone.safetensors", raw(lambda b: b), "No such file"),
+    ],
+)
+def test_deltas(refused, tiny_model_dir, edits_file, tmp_path, name, damage, said):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    checkpoint = hf.open_checkpoint(str(folder))
+    new = {DOWN: np.zeros(checkpoint.tensors[DOWN].shape, np.float32)}
+    save_delta(make_delta(checkpoint, new, {}), folder / "delta.safetensors")
+    damage(folder)
+    message = refused(evaluate, ["--model", folder, "--data", edits_file, "--delta", folder / name])
+    assert str(folder / name) in message and said in message
 
 
 # ---------------------------------------------------------------- memory and disk

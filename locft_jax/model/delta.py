@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from locft_jax.errors import UserError
-from locft_jax.model.headers import explain
+from locft_jax.model.headers import SIZES, explain
 from locft_jax.model.hf import DTYPES, Checkpoint, read_tensor
 
 BASE = "base::"
@@ -71,7 +71,7 @@ def load_delta(path: Path) -> Delta:
     try:
         with safe_open(path, "np") as f:
             dtypes = {n: f.get_slice(n).get_dtype() for n in f.keys()}  # noqa: SIM118 (no mapping)
-            foreign = [n for n, dtype in dtypes.items() if dtype not in DTYPES]
+            foreign = [n for n, dtype in dtypes.items() if dtype not in SIZES]  # numpy lacks them
             tensors = {} if foreign else {n: f.get_tensor(n) for n in dtypes}
             metadata = f.metadata() or {}
     except (SafetensorError, OSError, ValueError) as e:
@@ -85,6 +85,8 @@ def load_delta(path: Path) -> Delta:
     for name, value in new.items():
         if (value.shape, value.dtype) != (base[name].shape, base[name].dtype):
             raise UserError(f"{path}: {name} and its base:: twin differ in shape or dtype")
+        if value.dtype not in map(np.dtype, DTYPES.values()):
+            raise UserError(f"{path}: {name} is {value.dtype}; it must be {', '.join(DTYPES)}")
         if not np.isfinite(value).all():
             raise UserError(f"{path}: NaN or infinity in {name}; make the delta again")
     return Delta(new, base, metadata)

@@ -173,3 +173,18 @@ def test_new_tensors_must_have_their_bases_shape_and_dtype(tmp_path):
         path = tmp_path / "d.safetensors"
         save_delta(Delta({DOWN: new}, {DOWN: np.zeros((2, 2), np.float32)}, {"fingerprint": "x"}), path)
         assert DOWN in refused(load_delta, path)
+
+
+def test_deltas_that_no_model_could_use(delta, tmp_path):
+    """The first was found by fuzzing: numpy has no such type."""
+    path = tmp_path / "delta.safetensors"
+    save_delta(delta, path)
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + size].replace(b'"F32","shape":[32]', b'"F8_E4M3","shape":[128]')
+    path.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + size :])
+    assert "is F8_E4M3; it must be F32, F16, BF16" in refused(load_delta, path)
+
+    spoiled = {**delta.new, NORM: np.where(np.arange(32) == 7, np.inf, delta.new[NORM]).astype(np.float32)}
+    save_delta(Delta(spoiled, delta.base, delta.metadata), path)
+    assert f"NaN or infinity in {NORM}" in refused(load_delta, path)
