@@ -503,6 +503,16 @@ def test_disk(refused, edit_arguments, tmp_path, monkeypatch, kib, export, remed
     assert remedy in message, message
 
 
+def test_a_place_that_cannot_be(refused, edit_arguments, edits_file, tiny_model_dir, tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for out in (tmp_path / ("x" * 300), loop / "out"):
+        measure = ["--model", tiny_model_dir, "--data", edits_file, "--out", out]
+        for command, arguments in ((edit, edit_arguments(out)), (evaluate, measure)):
+            message = refused(command, arguments)
+            assert "--out: " in message and "cannot be used (" in message
+
+
 # ---------------------------------------------------------------- what is counted instead
 
 
