@@ -2,7 +2,8 @@
 
 config.py      what a run is
 data/          requests.py (any file -> EditRequest)   tokens.py (texts -> packed batches)
-model/         spec.py   weights.py (the weight table)   decoder.py   sharding.py   hf.py (load, save)
+model/         spec.py   weights.py (the weight table)   decoder.py   sharding.py   memory.py (does it fit?)
+               headers.py (what is wrong with a file)   hf.py (load, save)
 editing/       site.py   step.py   prefix.py   pipeline.py   run.py (one edit)
 evaluation/    generate.py   answers.py   metrics.py   run.py   report.py
 export.py      delta, orbax, whole folders
