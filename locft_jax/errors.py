@@ -5,6 +5,11 @@ class UserError(Exception):
     """Wrong input. The message says what is wrong, where, and what would be right."""
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether a Rust library gave up: pyo3's PanicException is no Exception, and cannot be imported."""
+    return type(error).__name__ == "PanicException"
+
+
 def printable(text: object) -> str:
     """Text for a terminal: what a user's file or a model wrote must not move the cursor or change
     colours, so control and other invisible characters become spaces; lines stay."""

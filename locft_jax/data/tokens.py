@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from locft_jax.errors import UserError
+from locft_jax.errors import UserError, is_panic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[str], chat_template: bool = Fal
     if not prompts:
         return []
     if not chat_template:
-        return tokenizer(list(prompts))["input_ids"]
+        return _tokenize(tokenizer, prompts)
     if not tokenizer.chat_template:
         raise UserError("chat_template: this model's tokenizer has no chat template; use chat_template=false")
     messages = [[{"role": "user", "content": p}] for p in prompts]
@@ -110,7 +110,17 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[str], chat_template: bool = Fal
         raise UserError(
             f"chat_template: this model's template fails ({reason}); use chat_template=false"
         ) from None
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return _tokenize(tokenizer, texts, add_special_tokens=False)
+
+
+def _tokenize(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[list[int]]:
+    try:
+        return tokenizer(list(texts), **options)["input_ids"]
+    except BaseException as e:  # a damaged tokenizer.json may fail at some texts only, and in any way
+        if isinstance(e, MemoryError) or not (isinstance(e, Exception) or is_panic(e)):
+            raise
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise UserError(f"model: its tokenizer fails ({reason}); fetch the tokenizer's files again") from None
 
 
 def spaced(target: str) -> str:
@@ -140,11 +150,11 @@ def encode_pairs(
     """
     heads = prompt_ids(tokenizer, prompts, chat_template)
     if chat_template:
-        tails = tokenizer([t.strip() for t in targets], add_special_tokens=False)["input_ids"]
+        tails = _tokenize(tokenizer, [t.strip() for t in targets], add_special_tokens=False)
         merges = 0
     else:
         texts = [p + spaced(t) for p, t in zip(prompts, targets, strict=True)]
-        wholes = tokenizer(texts)["input_ids"] if texts else []
+        wholes = _tokenize(tokenizer, texts) if texts else []
         suffix = _closing_specials(tokenizer)
         tails, merges = [], 0
         for i, (head, whole) in enumerate(zip(heads, wholes, strict=True)):

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors import safe_open
 
-from locft_jax.errors import UserError
+from locft_jax.errors import UserError, is_panic
 from locft_jax.model.headers import SIZES, read_header
 from locft_jax.model.sharding import make_mesh, tensor_sharding
 from locft_jax.model.spec import ModelSpec, eos_ids, parse_spec, read_config
@@ -264,8 +264,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             str(checkpoint.folder), trust_remote_code=False, local_files_only=True
         )
         tokenizer("a")  # some settings are only looked at here
-    except BaseException as e:  # any failure means unusable files; a panic in Rust is no Exception
-        if isinstance(e, KeyboardInterrupt | SystemExit):
+    except BaseException as e:  # any failure means unusable files
+        if not (isinstance(e, Exception) or is_panic(e)):
             raise
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"{checkpoint.folder}: the tokenizer cannot be loaded ({reason})") from None

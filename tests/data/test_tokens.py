@@ -134,6 +134,24 @@ def test_texts_that_cannot_be_trained_on_are_named(tokenizer):
         tk.check_prompts(tokenizer, ["x", long, long + "b"], max_length=40)
 
 
+@pytest.mark.parametrize("kind", ["PanicException", "TypeError"])
+def test_a_tokenizer_that_fails_at_a_text(kind):
+    """Found by fuzzing: a damaged tokenizer.json that loads may make the Rust library panic later, and
+    what it raises then is no Exception."""
+    failure = TypeError if kind == "TypeError" else type(kind, (BaseException,), {})
+
+    def tokenizer(texts, **options):
+        raise failure("index out of bounds:\nthe len is 3")
+
+    with pytest.raises(
+        UserError, match=f"its tokenizer fails \\({kind}: index out of bounds: the len is 3\\)"
+    ):
+        tk.prompt_ids(tokenizer, ["a"])
+    failure = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        tk.prompt_ids(tokenizer, ["a"])
+
+
 def test_ids_beyond_the_vocabulary_are_named_with_their_text(tokenizer):
     most = max(max(ids) for ids in tokenizer(PROMPTS)["input_ids"])
     tk.check_prompts(tokenizer, PROMPTS, vocab_size=most + 1)
