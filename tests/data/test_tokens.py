@@ -143,9 +143,7 @@ def test_a_tokenizer_that_fails_at_a_text(kind):
     def tokenizer(texts, **options):
         raise failure("index out of bounds:\nthe len is 3")
 
-    with pytest.raises(
-        UserError, match=f"its tokenizer fails \\({kind}: index out of bounds: the len is 3\\)"
-    ):
+    with pytest.raises(UserError, match=f"tokenizer fails \\({kind}: index out of bounds: the len"):
         tk.prompt_ids(tokenizer, ["a"])
     failure = KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
