@@ -340,9 +340,10 @@ def load_opened(checkpoint: Checkpoint, tokenizer: Any, mesh: Mesh, weights: str
     return Model(checkpoint, loaded, tokenizer, mesh)
 
 
-def frozen_dtype(checkpoint: Checkpoint, weights: str) -> Any:
+def frozen_dtype(checkpoint: Checkpoint, weights: str) -> np.dtype:
     """numpy dtype of the frozen weights for the key `weights`."""
-    return {"checkpoint": checkpoint.dtype, "float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[weights]
+    own = {"checkpoint": checkpoint.dtype, "float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+    return np.dtype(own[weights])
 
 
 def check_finite(checkpoint: Checkpoint, weights: Weights) -> None:
