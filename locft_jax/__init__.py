@@ -1,14 +1,18 @@
 """locft_jax: LocFT-BF model editing on JAX, in data-flow order.
 
 config.py      what a run is
-data/          requests.py (any file -> EditRequest)   tokens.py (texts -> packed batches)
+files.py       files and folders that appear whole or not at all
+data/          requests.py (any file -> EditRequest)   streaming.py (edits that arrive over time)
+               tokens.py (texts -> packed batches)
 model/         spec.py   weights.py (the weight table)   decoder.py   sharding.py   memory.py (does it fit?)
                headers.py (what is wrong with a file)   hf.py (load, save)
-editing/       site.py   step.py   prefix.py   pipeline.py   run.py (one edit)
+               delta.py (edited tensors, new and old)   combine.py (merge, compose, measure deltas)
+editing/       site.py   step.py   prefix.py   pipeline.py   checkpoint.py (stop and resume)
+               run.py (one edit)
 evaluation/    generate.py   answers.py   metrics.py   run.py   report.py
-export.py      delta, orbax, whole folders
+export.py      orbax, and where results may go
 api.py         load_model, edit, evaluate: the commands as functions
-edit.py  evaluate.py   the commands, `python -m locft_jax.NAME`
+edit.py  evaluate.py  delta.py  ask.py   the commands, `python -m locft_jax.NAME`
 demo/          a small world of facts, its generator, and the small model that knows them
 
 A room imports only rooms above it; commands import all of them.

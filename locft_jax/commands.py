@@ -1,6 +1,7 @@
 """What all commands share: exit statuses and messages without tracebacks."""
 
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -16,6 +17,9 @@ def run_command(main: Callable[[list[str] | None], None], argv: list[str] | None
     device without memory left, Ctrl-C)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is here for tokenizers: no word on torch
+    for name in ("absl", "asyncio"):  # orbax's failures come with tracebacks there; ours say what to do
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unraisable
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may say what a terminal cannot show
     try:
@@ -36,3 +40,9 @@ def run_command(main: Callable[[list[str] | None], None], argv: list[str] | None
         print(one_screen(f"interrupted: {str(e) or 'nothing was written'}"), file=sys.stderr)
         return 1
     return 0
+
+
+def _unraisable(told: "sys.UnraisableHookArgs") -> None:
+    """Tensorstore's threads report to orbax even when a failed write (a full disk) has ended its loop."""
+    if str(told.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(told)

@@ -5,6 +5,7 @@ interrupted; `--continue-from` adds new edits to those of a finished run.
 """
 
 import argparse
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -86,8 +87,9 @@ def main(argv: list[str] | None = None) -> None:
                 batches = result.report["batches"]
                 result.report["streaming"] = streaming_report(earlier, batches, args.start_from)
             write_json(folder / "report.json", result.report)
+            checkpoints.close()  # it lies in the folder that is replaced
             if args.keep_checkpoint:
-                checkpoints.move(folder / "checkpoint")
+                shutil.move(checkpoints.folder / "steps", folder / "checkpoint")
     print_report(result.report, result.predictions, console)
     console.print(plain(f"written to {out}/: " + ", ".join(sorted(p.name for p in out.iterdir()))))
 

@@ -10,6 +10,12 @@ def is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
+def reason(error: Exception) -> str:
+    """What an error of another library says, in one line: the end of a long one, where causes stand."""
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    return text if len(text) <= 200 else f"...{text[-200:]}"
+
+
 def printable(text: object) -> str:
     """Text for a terminal: what a user's file or a model wrote must not move the cursor or change
     colours, so control and other invisible characters become spaces; lines stay."""

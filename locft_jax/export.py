@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from locft_jax.editing.checkpoint import KEPT, saved_something
-from locft_jax.errors import UserError
+from locft_jax.errors import UserError, reason
 from locft_jax.files import recover
 from locft_jax.model.hf import Checkpoint, read_tensor
 from locft_jax.model.memory import as_text
@@ -19,18 +19,21 @@ from locft_jax.model.memory import as_text
 def save_orbax(checkpoint: Checkpoint, new: Mapping[str, np.ndarray], out: Path) -> None:
     """The full edited model as an orbax checkpoint: flat {HF name: array}, HF layout, unstacked, in
     the checkpoint's dtypes, `config.json` beside it. Any JAX program restores it with any sharding:
-    `orbax.checkpoint.StandardCheckpointer().restore(folder)`."""
+    `orbax.checkpoint.StandardCheckpointer().restore(folder)`. Raises OSError when it cannot be written."""
     import orbax.checkpoint as ocp
 
     tree = {n: np.asarray(new[n]) if n in new else read_tensor(checkpoint, n) for n in checkpoint.tensors}
-    with ocp.StandardCheckpointer() as saver:
-        saver.save(out.resolve(), tree)
+    try:
+        with ocp.StandardCheckpointer() as saver:
+            saver.save(out.resolve(), tree)
+    except Exception as e:  # tensorstore has its own kinds for a full disk
+        raise OSError(f"the orbax checkpoint could not be written: {reason(e)}") from None
     shutil.copy2(checkpoint.folder / "config.json", out / "config.json")
 
 
-def check_out(out: Path, overwrite: bool, resume: bool = False) -> None:
+def check_out(out: Path, overwrite: bool, resume: bool = False, proof: str = "report.json") -> None:
     """Refuse, before any work, a folder that holds something or cannot be made. `overwrite` allows
-    one that holds a run's results (report.json), `resume` a run's results or checkpoint: nothing else
+    one that holds results (the file `proof`), `resume` a run's results or checkpoint: nothing else
     is ever deleted. What a killed export left undone is finished or taken back first."""
     _look(out)
     recover(out)
@@ -50,12 +53,24 @@ def check_out(out: Path, overwrite: bool, resume: bool = False) -> None:
             )
         if not (overwrite or resume):
             raise UserError(f"--out: {out} already exists; choose another folder, or add --overwrite")
-        if names - {"checkpoint"} and "report.json" not in names:
+        if names - {"checkpoint"} and proof not in names:
             flag = "--resume" if resume else "--overwrite"
-            raise UserError(f"{flag}: {out} holds no results (no report.json); choose another folder")
+            raise UserError(f"{flag}: {out} holds no results (no {proof}); choose another folder")
     above = out.parent if place == out else place  # results are made beside `out`, then renamed
     if not os.access(above, os.W_OK):
         raise UserError(f"--out: {above} cannot be written; choose another folder")
+
+
+def check_model_out(out: Path, overwrite: bool, source: Path) -> None:
+    """`check_out` for a model folder that is made of the one at `source`, which must outlive it; a folder
+    with others in it is no model folder that was written here."""
+    place, source = out.resolve(), source.resolve()
+    if place == source or place in source.parents:
+        raise UserError(f"--out: {out} would replace the model it is made of; choose another folder")
+    check_out(out, overwrite, proof="config.json")
+    inner = sorted(p.name for p in place.iterdir() if p.is_dir()) if place.exists() else []
+    if inner:
+        raise UserError(f"--overwrite: {out} holds folders ({inner[0]}), not only a model; choose another")
 
 
 def check_space(out: Path, checkpoint: Checkpoint, site: Sequence[str], wanted: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,14 +23,8 @@ def write_jsonl(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 def write_whole_json(out: Path, value: Any) -> None:
     """A JSON file that appears whole or not at all."""
-    part = out.with_name(out.name + ".part")
-    try:
+    with whole_file(out) as part:
         write_json(part, value)
-        sync(part)
-        os.replace(part, out)
-        sync(out.parent)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -39,6 +34,21 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def whole_file(out: Path) -> Iterator[Path]:
+    """A file to write that becomes `out` by renaming when the block ends well; on any error what was at
+    `out` before stays as it was."""
+    out = out.resolve()
+    part, _ = _beside(out)
+    try:
+        yield part
+        sync(part)
+        os.replace(part, out)
+        sync(out.parent)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -54,7 +64,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
         for path in [*part.rglob("*"), part]:
             sync(path)
     except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
+        _remove(part)
         raise
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
@@ -74,6 +84,15 @@ def recover(out: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
 
 
+def _remove(folder: Path) -> None:
+    """Remove a folder, also one that another library's threads, after an error, still write into."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
+
+
 def _beside(out: Path) -> tuple[Path, Path]:
-    """Names of the folder being made and of the one it replaces: ours alone, nobody else's."""
+    """Names of what is being made and of the folder it replaces: ours alone, nobody else's."""
     return out.with_name(f".{out.name}.locft-part"), out.with_name(f".{out.name}.locft-old")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from locft_jax.ask import main as ask
 from locft_jax.commands import run_command
 from locft_jax.data.requests import read_requests
 from locft_jax.edit import main as edit
@@ -371,6 +372,7 @@ def test_a_tokenizer_of_another_model(
     for command, arguments in (
         (edit, edit_arguments(tmp_path / "out", model_name_or_path=folder)),
         (evaluate, ["--model", folder, "--data", edits_file]),
+        (ask, ["--model", folder, "The sign of Orvik is"]),
     ):
         message = refused(command, arguments)
         assert [text for text in said if text not in message] == [], message
@@ -427,6 +429,7 @@ def test_weights_that_are_not_finite(refused, edit_arguments, edits_file, tiny_m
     for command, arguments in (
         (edit, edit_arguments(tmp_path / "out", model_name_or_path=folder)),
         (evaluate, ["--model", folder, "--data", edits_file, "--out", tmp_path / "out"]),
+        (ask, ["--model", folder, "Who?"]),
     ):
         message = refused(command, arguments, loads=True)
         assert f"{folder}: NaN or infinity (as float32) in these tensors" in message
@@ -478,11 +481,11 @@ def test_memory(refused, edit_arguments, tmp_path, monkeypatch, kib, shared, cha
     assert remedy in message, message
 
 
-def test_memory_to_evaluate(refused, edits_file, tiny_model_dir, monkeypatch):
+def test_memory_to_evaluate_and_ask(refused, edits_file, tiny_model_dir, monkeypatch):
     monkeypatch.setattr(memory, "device_memory", lambda mesh: Room(1024, False))
-    assert "weights), but 1.00 KiB are free" in refused(
-        evaluate, ["--model", tiny_model_dir, "--data", edits_file]
-    )
+    for command, what in ((evaluate, ["--data", edits_file]), (ask, ["Who?"])):
+        message = refused(command, ["--model", tiny_model_dir, *what])
+        assert "weights), but 1.00 KiB are free" in message
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ def test_the_files_of_a_run(edit_run, tiny_model_dir):
         "report.json",
         "steps.jsonl",
         "predictions.jsonl",
+        "edits.jsonl",
         "hf",
         "delta.safetensors",
         "orbax",
@@ -144,7 +145,8 @@ def test_the_delta_and_both_models_hold_the_same_tensors(edit_run, tiny_model_di
     assert (edit_run / "orbax" / "config.json").read_bytes() == base_files["config.json"]
     with safe_open(edit_run / "delta.safetensors", "np") as f:
         metadata = f.metadata()
-    assert set(metadata) == {"fingerprint", "config", "data_sha256", "edits", "versions"}
+    told = {"fingerprint", "result", "tensors", "config", "data_sha256", "edits", "versions"}
+    assert set(metadata) == told
     assert json.loads(metadata["config"])["lr"] == 1e-2 and metadata["edits"] == "12"
     assert "locft-jax" in json.loads(metadata["versions"])
 
@@ -198,7 +200,7 @@ def test_what_is_exported_can_be_chosen(edit_arguments, tmp_path, wanted, files)
     out = tmp_path / "out"
     arguments = edit_arguments(out, **{**QUICK, "export": wanted})
     assert run_command(edit, arguments) == 0
-    reports = {"report.json", "steps.jsonl", "predictions.jsonl"}
+    reports = {"report.json", "steps.jsonl", "predictions.jsonl", "edits.jsonl"}
     assert {p.name for p in out.iterdir()} == reports | files
     report = read_report(out)
     assert set(report["before"].values()) == set(report["after"].values()) == {None}  # evaluate=false
@@ -413,7 +415,7 @@ def test_evaluate_refuses_wrong_input_too(refused, tiny_model_dir, edits_file, e
     assert "no delta of this program" in refused(evaluate, [*model, *data, "--delta", delta])
     edited = ["--model", edit_run / "hf", "--delta", edit_run / "delta.safetensors"]
     message = refused(evaluate, [*data, *edited])
-    assert "is not the one this delta was made on" in message and "layers.2.mlp" in message
+    assert "is not the model that this delta was made on" in message and "layers.2.mlp" in message
 
 
 @pytest.mark.parametrize(
@@ -441,10 +443,16 @@ def test_a_disk_that_fills_up_leaves_what_was_there(edit_arguments, tmp_path, mo
     capsys.readouterr()
     assert run_command(edit, [*edit_arguments(out, **QUICK), "--overwrite"]) == 1
     assert run_command(edit, edit_arguments(tmp_path / "new", **QUICK)) == 1
-    assert contents(tmp_path) == before and [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert capsys.readouterr().err.count("failed: [Errno 28] No space left on device") == 2
+    after = contents(tmp_path)
+    assert {n: b for n, b in after.items() if "/checkpoint/" not in n} == before
+    shown = capsys.readouterr().err
+    assert shown.count("failed: [Errno 28] No space left on device") == 2 and "Traceback" not in shown
+    assert shown.count("the same command with --resume goes on from there") == 2
 
     monkeypatch.undo()
+    assert run_command(edit, [*edit_arguments(tmp_path / "new", **QUICK), "--resume"]) == 0
+    assert (tmp_path / "new" / "delta.safetensors").read_bytes() == before["out/delta.safetensors"]
+    assert not (tmp_path / "new" / "checkpoint").exists()
     assert run_command(edit, [*edit_arguments(out, **{**QUICK, "export": "[]"}), "--overwrite"]) == 0
     assert not (out / "delta.safetensors").exists()  # replaced, not mixed
 

@@ -251,7 +251,6 @@ def test_source_is_not_a_key():
         ("preserve_data=x.json", "null"),
         ("preserve_kl=much", "null"),
         ("augment_prefixes=5", "0"),
-        ("checkpoint_every=5m", "10m"),
         ("eval_every=2", "null"),
     ],
 )

@@ -93,12 +93,14 @@ def corpus_from_lists(parts: Sequence[Any], target_start: Any, boundary_merges: 
 
 
 def prompt_ids(tokenizer: Any, prompts: Sequence[str], chat_template: bool = False) -> list[list[int]]:
-    """Prompts -> ids as the tokenizer makes them by default (BOS where it adds one); with
-    `chat_template`, as one user message and the opening of the answer."""
+    """Prompts -> ids as the tokenizer makes them by default (BOS where it adds one), without special
+    tokens that would close them; with `chat_template`, as one user message and the opening of the answer.
+    """
     if not prompts:
         return []
     if not chat_template:
-        return _tokenize(tokenizer, prompts)
+        closing = _closing_specials(tokenizer)
+        return [ids[: len(ids) - closing] for ids in _tokenize(tokenizer, prompts)]
     if not tokenizer.chat_template:
         raise UserError("chat_template: this model's tokenizer has no chat template; use chat_template=false")
     messages = [[{"role": "user", "content": p}] for p in prompts]
@@ -158,7 +160,6 @@ def encode_pairs(
         suffix = _closing_specials(tokenizer)
         tails, merges = [], 0
         for i, (head, whole) in enumerate(zip(heads, wholes, strict=True)):
-            head = heads[i] = head[: len(head) - suffix]
             whole = whole[: len(whole) - suffix]
             if whole[: len(head)] == head:
                 tails.append(whole[len(head) :])
@@ -214,8 +215,8 @@ def _check(corpus: Corpus, prompts: Sequence[str], max_length: int | None, vocab
 
 def _closing_specials(tokenizer: Any) -> int:
     """How many special tokens the tokenizer appends to a text (T5-like ones add EOS)."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
+    plain = _tokenize(tokenizer, ["a"], add_special_tokens=False)[0]
+    full = _tokenize(tokenizer, ["a"])[0]
     for end in range(len(full), len(plain) - 1, -1):
         if full[end - len(plain) : end] == plain:
             return len(full) - end
@@ -225,8 +226,8 @@ def _closing_specials(tokenizer: Any) -> int:
 def _target_alone(tokenizer: Any, head: list[int], target: str, text: str) -> list[int]:
     """Ids of the target by itself that continue `head` to the right text: with its space, or
     without where the tokenizer puts one before every word (sentencepiece)."""
-    with_space = tokenizer(spaced(target), add_special_tokens=False)["input_ids"]
-    without = tokenizer(target.lstrip(" "), add_special_tokens=False)["input_ids"]
+    spellings = [spaced(target), target.lstrip(" ")]
+    with_space, without = _tokenize(tokenizer, spellings, add_special_tokens=False)
     for ids in (with_space, without):
         whole = tokenizer.decode([*head, *ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if whole == text:

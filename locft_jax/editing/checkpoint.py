@@ -32,7 +32,7 @@ from locft_jax.data.records import digest
 from locft_jax.data.requests import EditData
 from locft_jax.editing.pipeline import StepRecord
 from locft_jax.editing.step import EditState
-from locft_jax.errors import UserError
+from locft_jax.errors import UserError, reason
 from locft_jax.files import write_whole_json
 from locft_jax.model.delta import Delta, fingerprint
 from locft_jax.model.hf import Checkpoint, read_tensor
@@ -59,7 +59,7 @@ class Checkpoints:
         minutes = every.endswith("m")
         self.seconds = 60 * float(every[:-1]) if minutes else float("inf")
         self.steps = sys.maxsize if minutes else int(every)
-        self.stop = self.looping = self.closed = False
+        self.stop = self.looping = self.closed = self.warned = False
         self.resumed: list[int] = []  # the steps at which the run was taken up again
         self.spent = 0.0  # seconds of the loop in earlier processes
         self.begin = self.saved_at = time.monotonic()
@@ -82,7 +82,7 @@ class Checkpoints:
             try:
                 found = self.manager.restore(step, args=wanted)
             except Exception as e:  # damaged files raise a dozen kinds
-                say(f"the checkpoint of step {step} cannot be read ({_reason(e)}); trying an older one")
+                say(f"the checkpoint of step {step} cannot be read ({reason(e)}); trying an older one")
                 self.manager.delete(step)
                 continue
             self.spent, self.resumed = found.progress["seconds"], [*found.progress["resumed"], step]
@@ -114,19 +114,17 @@ class Checkpoints:
                 "seconds": self.elapsed(),
                 "resumed": self.resumed,
             }
+            saved = ocp.args.Composite(
+                state=ocp.args.StandardSave(leaves), progress=ocp.args.JsonSave(progress)
+            )
             try:
-                self.manager.save(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardSave(leaves), progress=ocp.args.JsonSave(progress)
-                    ),
-                )
+                self.manager.save(step, args=saved)
             except Exception as e:  # also what became of the write before this one
-                say(f"no checkpoint at step {step}: {_reason(e)}; the run goes on")
+                self.failed(e)
         self.saved_at = time.monotonic()
         if self.stop:
             self.looping = False
-            raise Interrupted(self.how())
+            raise Interrupted
 
     def finish(self, state: EditState, records: Sequence[StepRecord]) -> float:
         """The loop has ended: keep its result until all is exported; seconds it took in all."""
@@ -141,31 +139,39 @@ class Checkpoints:
 
     def how(self) -> str:
         """What is saved, and how to go on."""
-        self.wait()
-        step = self.manager.latest_step()
+        step = self.latest()
         if step is None and not (self.folder / "before.json").exists():
             return "nothing was written"
         saved = "the answers before the edit" if step is None else f"the run up to step {step}"
         return f"{saved} can be found in {self.folder}: the same command with --resume goes on from there"
+
+    def latest(self) -> int | None:
+        """The newest step that is saved, or None."""
+        self.wait()
+        return max(_steps(self.folder), default=None)
 
     def wait(self) -> None:
         """Until what is being written is written."""
         try:
             self.manager.wait_until_finished()
         except Exception as e:
-            say(f"the last checkpoint could not be written: {_reason(e)}")
+            self.failed(e)
+
+    def failed(self, error: Exception) -> None:
+        """A write has failed: say so the first time, and give back the room that its pieces take."""
+        if not self.warned:
+            say(f"a checkpoint could not be written ({reason(error)}); the run goes on without it")
+        self.warned = True
+        for piece in (self.folder / "steps").glob("*.orbax-checkpoint-tmp"):
+            shutil.rmtree(piece, ignore_errors=True)
 
     def close(self) -> None:
         """Wait for the last write and let go of the folder."""
         if not self.closed:
+            self.closed = True
             self.wait()
-            self.manager.close()
-        self.closed = True
-
-    def move(self, folder: Path) -> None:
-        """Put the orbax checkpoints into `folder`, for whoever asked to keep them."""
-        self.close()
-        shutil.move(self.folder / "steps", folder)
+            with suppress(Exception):  # a failed write once more
+                self.manager.close()
 
     def keep_before(self, value: Any) -> None:
         """Keep the answers before the edit (plain JSON)."""
@@ -230,9 +236,9 @@ def finished(out: Path, run: Mapping[str, Any]) -> bool:
 
 def saved_something(folder: Path) -> bool:
     """Whether a run can go on from this folder (a checkpoint/)."""
-    steps = folder / "steps"
-    saved = steps.is_dir() and any(p.name.isdecimal() for p in steps.iterdir())
-    return _read(folder / "run.json") is not None and (saved or (folder / "before.json").exists())
+    return _read(folder / "run.json") is not None and (
+        bool(_steps(folder)) or (folder / "before.json").exists()
+    )
 
 
 def open_run(out: Path, every: str, run: Mapping[str, Any], resume: bool) -> Checkpoints:
@@ -275,21 +281,35 @@ def guarded(checkpoints: Checkpoints) -> Iterator[None]:
         if checkpoints.looping and not checkpoints.stop:
             checkpoints.stop = True
         else:
-            raise Interrupted(checkpoints.how())
+            raise Interrupted(f"what was saved can be found in {checkpoints.folder}")
 
     old = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    ended = False
     try:
         yield
-    except (OSError, FloatingPointError) as e:
-        raise type(e)(f"{e}\n{checkpoints.how()}") from e
+        ended = True
+    except Interrupted:
+        raise Interrupted(checkpoints.how()) from None
+    except OSError as e:
+        raise OSError(f"{e}\n{checkpoints.how()}") from e
+    except FloatingPointError as e:  # going on would end there again
+        step = checkpoints.latest()
+        kept = "" if step is None else f"\nthe state after step {step} is kept in {checkpoints.folder}"
+        raise FloatingPointError(f"{e}{kept}") from e
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
         checkpoints.close()
-        if not saved_something(checkpoints.folder):
+        if not ended and not saved_something(checkpoints.folder):
             shutil.rmtree(checkpoints.folder, ignore_errors=True)
             with suppress(OSError):
                 checkpoints.folder.parent.rmdir()  # only if it is empty
+
+
+def _steps(folder: Path) -> list[int]:
+    """The steps whose checkpoints are whole: orbax renames them when they are."""
+    steps = folder / "steps"
+    return [int(p.name) for p in steps.iterdir() if p.name.isdecimal()] if steps.is_dir() else []
 
 
 def _read(path: Path) -> Any:
@@ -297,7 +317,3 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from safetensors import safe_open
 
 from locft_jax.errors import UserError, is_panic
+from locft_jax.files import whole_folder
 from locft_jax.model.headers import SIZES, read_header
 from locft_jax.model.sharding import make_mesh, tensor_sharding
 from locft_jax.model.spec import ModelSpec, eos_ids, parse_spec, read_config
@@ -207,49 +208,59 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> np.ndarray:
         return f.get_tensor(name)
 
 
+def read_raw(checkpoint: Checkpoint, name: str) -> bytes:
+    """One tensor's bytes, whatever its dtype."""
+    with open(checkpoint.folder / checkpoint.tensors[name].file, "rb") as f:
+        begin, end = _span(f, name)
+        f.seek(begin)
+        return f.read(end - begin)
+
+
 def to_checkpoint_dtype(checkpoint: Checkpoint, edits: Edits) -> dict[str, np.ndarray]:
     """Edited tensors rounded to what the checkpoint stores: exactly what will be exported."""
     return {n: np.asarray(a).astype(DTYPES[checkpoint.tensors[n].dtype]) for n, a in edits.items()}
 
 
 def save_hf(checkpoint: Checkpoint, edited: Mapping[str, np.ndarray], out: Path) -> None:
-    """Write the edited model to `out` (which must not exist; it appears whole or not at all).
+    """Write the edited model to `out`: whole or not at all, in place of what is there.
 
-    All files are copied; in those that hold edited tensors (in the checkpoint's shapes and dtypes)
-    these are overwritten in place, so that every other byte stays as it is.
+    Files that hold edited tensors (given in the checkpoint's shapes and dtypes) are copied and these
+    overwritten, so that every other byte stays as it is. Weight files without an edited tensor are hard
+    links to the checkpoint's where the file system can, so that they take no time and no space: a program
+    that changes such a file in place, rather than replacing it, changes both models (`cp -r` parts them).
+    The small files that people edit by hand (config, tokenizer) are always copies.
     """
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    rewritten = {checkpoint.tensors[name].file for name in edited}
+    with whole_folder(out) as part:
         for path in sorted(checkpoint.folder.iterdir()):
-            if path.is_file() and not path.name.startswith("."):
+            if not path.is_file() or path.name.startswith("."):
+                continue
+            untouched = path.suffix == ".safetensors" and path.name not in rewritten
+            if not (untouched and _link(path, part)):
                 shutil.copyfile(path, part / path.name)
         for name, value in edited.items():
             info = checkpoint.tensors[name]
             if (value.shape, value.dtype) != (info.shape, DTYPES[info.dtype]):
                 raise ValueError(f"{name} is {value.dtype}{list(value.shape)}, the checkpoint's is {info}")
-            _overwrite(part / info.file, name, value)
-        for path in part.iterdir():
-            _sync(path)
-        os.replace(part, out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+            with open(part / info.file, "r+b") as f:
+                f.seek(_span(f, name)[0])
+                f.write(np.ascontiguousarray(value).tobytes())
 
 
-def _overwrite(path: Path, name: str, value: np.ndarray) -> None:
-    """Put a tensor's bytes over those that a safetensors file has for it."""
-    with open(path, "r+b") as f:
-        size = int.from_bytes(f.read(8), "little")
-        begin = json.loads(f.read(size))[name]["data_offsets"][0]
-        f.seek(8 + size + begin)
-        f.write(np.ascontiguousarray(value).tobytes())
+def _link(path: Path, folder: Path) -> bool:
+    """Give a file (what it points to, if it is a symbolic link) a second name in `folder`, if possible."""
+    try:
+        os.link(path.resolve(), folder / path.name)
+    except OSError:  # another file system, one without links, another owner's file
+        return False
+    return True
 
 
-def _sync(path: Path) -> None:
-    with open(path, "rb") as f:
-        os.fsync(f.fileno())
+def _span(f: BinaryIO, name: str) -> tuple[int, int]:
+    """Where the bytes of a tensor begin and end in an open safetensors file."""
+    size = int.from_bytes(f.read(8), "little")
+    begin, end = json.loads(f.read(size))[name]["data_offsets"]
+    return 8 + size + begin, 8 + size + end
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -305,10 +316,16 @@ class Model:
 
     def with_edits(self, tensors: Mapping[str, np.ndarray | jax.Array], dtype: Any = None) -> "Model":
         """The same model with `tensors` (HF names and layout) in place of its own, in `dtype` (default:
-        that of the weights); nothing is copied."""
+        that of the weights); nothing is copied. What the checkpoint holds but no forward reads is left out.
+        Raises KeyError for any other name."""
         placed = {}
         for name, value in tensors.items():
-            row, _ = locate_tensor(self.spec, name)
+            try:
+                row, _ = locate_tensor(self.spec, name)
+            except KeyError:
+                if name not in self.checkpoint.tensors:
+                    raise
+                continue
             sharding = tensor_sharding(self.mesh, self.spec, row, stacked=False)
             placed[name] = jax.device_put(value.astype(dtype or self.dtype), sharding)
         return dataclasses.replace(self, edits={**self.edits, **placed})

@@ -90,6 +90,7 @@ def test_specials_before_and_after_a_text_frame_prompt_and_target_once():
     )
     tokenizer = wrap(backend)
     assert tokenizer("ab")["input_ids"][-1] == 2
+    assert tokenizer.convert_ids_to_tokens(tk.prompt_ids(tokenizer, ["Who?"])[0]) == ["<s>", *"Who?"]
     for eos in (None, 2):
         head, tail = halves(tk.encode_pairs(tokenizer, ["Who?"], ["Mira"], eos=eos), 0)
         assert tokenizer.convert_ids_to_tokens(head) == ["<s>", *"Who?"]

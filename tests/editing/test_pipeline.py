@@ -153,7 +153,7 @@ def test_records_count_useful_tokens_and_epochs():
         assert sum(r.tokens for r in own) == total
         mean = sum(r.loss * r.examples for r in own) / 23
         assert done.outcome.epoch_losses[epoch] == pytest.approx(mean, rel=1e-6)
-    assert done.outcome.tokens == 3 * total and done.outcome.steps == 9
+    assert done.outcome.records == done.records
     assert done.outcome.stopped == "epochs"
 
 
@@ -193,7 +193,7 @@ def test_an_edit_of_an_edited_model_is_an_edit_of_weights_that_hold_those_edits(
 def test_early_stop_after_the_first_epoch_below_the_floor():
     hyper = Hyper(0.0, 0.0, 1e3)  # every loss is below it: nothing moves
     done = edit("device", Schedule(8, 3, 0, "example", 32, hyper), ONE)
-    assert (done.outcome.stopped, done.outcome.steps, len(done.outcome.epoch_losses)) == ("loss_floor", 3, 1)
+    assert (done.outcome.stopped, len(done.records), len(done.outcome.epoch_losses)) == ("loss_floor", 3, 1)
     assert all(r.skipped for r in done.records)
 
 
@@ -247,7 +247,7 @@ def test_the_loop_moves_nothing_implicitly(mode, mesh_shape):
         out = breadth_first(SPEC, weights, state, CORPUS, source, SCHEDULE, mesh)
     finally:
         jax.config.update("jax_transfer_guard", "allow")
-    assert out.steps == 9
+    assert len(out.records) == 9
 
 
 def test_rows_of_a_batch_split_over_data_and_lists_are_everywhere():

@@ -51,7 +51,7 @@ def test_fuzz(place: Place, capsys: pytest.CaptureFixture[str], name: str) -> No
 
         one()
         chunk += 1
-    assert 0 < ACCEPTED[name] < COUNTS[name] or TOTAL < 400  # both ways are taken
+    assert 0 < ACCEPTED[name] < COUNTS[name] or COUNTS[name] < 40  # both ways are taken
     if "LOCFT_FUZZ" in os.environ:
         with capsys.disabled():
             print(

@@ -11,7 +11,15 @@ from safetensors.numpy import load_file, save_file
 
 from locft_jax.errors import UserError
 from locft_jax.model import hf
-from locft_jax.model.delta import Delta, check_delta, fingerprint, load_delta, make_delta, save_delta
+from locft_jax.model.delta import (
+    Delta,
+    check_delta,
+    diff_delta,
+    fingerprint,
+    load_delta,
+    make_delta,
+    save_delta,
+)
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 NORM = "model.layers.2.input_layernorm.weight"
@@ -69,7 +77,11 @@ def test_a_delta_holds_new_and_base_tensors_and_where_it_comes_from(delta, check
     assert json.loads(metadata["config"]) == {"a": [2], "b": 1}
     assert (metadata["edits"], metadata["data_sha256"]) == ("12", "abc")
     size = sum(a.nbytes for a in new.values())
-    assert 2 * size < path.stat().st_size < 2 * size + 2000  # in proportion to what was edited
+    listing = len(metadata["tensors"])  # of every tensor: name, dtype, shape
+    assert (
+        2 * size < path.stat().st_size < 2 * size + 1.2 * listing + 1200
+    )  # in proportion to what was edited
+    assert sorted(n for n, _, _ in json.loads(metadata["tensors"])) == sorted(checkpoint.tensors)
 
     backwards = Delta(
         *({k: v for k, v in reversed(d.items())} for d in (delta.new, delta.base, delta.metadata))
@@ -122,7 +134,53 @@ def test_another_base_is_refused_and_what_differs_is_named(delta, other):
         tensors[NORM].view(np.uint32)[5] ^= 1
 
     message = refused(check_delta, other(one_bit), delta)
-    assert NORM in message and "not the one this delta was made on" in message
+    assert message.endswith(f"is not the model that this delta was made on: {NORM} has other values")
+
+
+def test_all_that_differs_is_listed(delta, checkpoint, other):
+    def worse(tensors):
+        tensors[DOWN] = tensors[DOWN] + 1
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float16)
+        tensors["extra"] = np.zeros(1)
+        tensors[NORM] = delta.new[NORM]
+
+    with pytest.raises(UserError) as error:
+        check_delta(other(worse), delta)
+    head, *lines = str(error.value).split("\n  ")
+    assert head.endswith("is not the model that this delta was made on:")
+    assert lines == [
+        "extra should not be there",
+        "model.norm.weight is F16 [32], not F32 [32]",
+        f"{DOWN} has other values",
+        f"{NORM} holds this delta's edit already",
+    ]
+    many = json.dumps([[f"tensor{i}", "F32", [1]] for i in range(40)])
+    with pytest.raises(UserError) as error:
+        check_delta(checkpoint, Delta(delta.new, delta.base, {**delta.metadata, "tensors": many}))
+    lines = str(error.value).split("\n")
+    assert len(lines) == 12 and "should not be there" in lines[1]
+    assert lines[-1] == f"  ... and {40 + len(checkpoint.tensors) - 10} more"
+
+
+def test_the_model_that_a_delta_makes_is_known_by_its_edited_tensors(delta, checkpoint, other):
+    edited = other(lambda tensors: tensors.update(delta.new))
+    check_delta(edited, delta, edited=True)
+    with pytest.raises(
+        UserError, match=f"not the model that this delta makes:\n  {DOWN} is as it was before"
+    ):
+        check_delta(checkpoint, delta, edited=True)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_values_that_are_not_finite_can_be_read_and_taken_back_but_not_applied(
+    checkpoint, new, other, tmp_path, value
+):
+    broken = {DOWN: new[DOWN].copy()}
+    broken[DOWN][3, 4] = value
+    save_delta(make_delta(checkpoint, broken, {}), tmp_path / "d.safetensors")
+    again = load_delta(tmp_path / "d.safetensors")
+    assert f"not all finite (NaN or infinity): {DOWN}" in refused(check_delta, checkpoint, again)
+    check_delta(other(lambda tensors: tensors.update(broken)), again, edited=True)
 
 
 def test_a_change_elsewhere_that_keeps_the_shapes_is_no_other_base(delta, other):
@@ -134,10 +192,19 @@ def test_a_change_elsewhere_that_keeps_the_shapes_is_no_other_base(delta, other)
 
 def test_another_architecture_is_refused(delta, other, checkpoint):
     message = refused(check_delta, other(lambda tensors: tensors.update(extra=np.zeros(1))), delta)
-    assert "fingerprints differ" in message
+    assert "extra should not be there" in message
+
+
+def test_a_delta_that_does_not_list_the_tensors_is_checked_by_its_fingerprint(delta, checkpoint, other):
+    """As earlier versions wrote them."""
+    short = {k: v for k, v in delta.metadata.items() if k != "tensors"}
+    old = Delta(delta.new, delta.base, short)
+    check_delta(checkpoint, old)
+    message = refused(check_delta, other(lambda tensors: tensors.update(extra=np.zeros(1))), old)
+    assert "the fingerprints differ" in message
     deeper = {DOWN.replace("1", "9"): delta.new[DOWN]}
-    message = refused(check_delta, checkpoint, Delta(deeper, deeper, delta.metadata))
-    assert f"has no tensor {DOWN.replace('1', '9')}" in message
+    message = refused(check_delta, checkpoint, Delta(deeper, deeper, short))
+    assert f"{DOWN.replace('1', '9')} is missing" in message
 
 
 @pytest.mark.parametrize(
@@ -148,6 +215,7 @@ def test_another_architecture_is_refused(delta, other, checkpoint):
         ({DOWN: np.zeros(2), f"base::{DOWN}": np.zeros(2)}, {"format": "pt"}),
         ({DOWN: np.zeros(2), f"base::{DOWN}": np.zeros(2)}, None),
         ({}, {"fingerprint": "x"}),
+        ({"a\x1b[2J": np.zeros(2), "base::a\x1b[2J": np.zeros(2)}, {"fingerprint": "x"}),
     ],
 )
 def test_files_that_are_no_deltas(tmp_path, tensors, metadata):
@@ -175,16 +243,107 @@ def test_new_tensors_must_have_their_bases_shape_and_dtype(tmp_path):
         assert DOWN in refused(load_delta, path)
 
 
-def test_deltas_that_no_model_could_use(delta, tmp_path):
-    """The first was found by fuzzing: numpy has no such type."""
-    path = tmp_path / "delta.safetensors"
-    save_delta(delta, path)
-    raw = path.read_bytes()
-    size = int.from_bytes(raw[:8], "little")
-    header = raw[8 : 8 + size].replace(b'"F32","shape":[32]', b'"F8_E4M3","shape":[128]')
-    path.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + size :])
-    assert "is F8_E4M3; it must be F32, F16, BF16" in refused(load_delta, path)
+def test_tensors_of_dtypes_that_no_edit_makes(tmp_path):
+    path = tmp_path / "d.safetensors"
+    save_file({DOWN: np.zeros(2, np.int64), f"base::{DOWN}": np.zeros(2)}, path, {"fingerprint": "x"})
+    with pytest.raises(UserError, match=f"{DOWN} has dtype I64"):
+        load_delta(path)
+    header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"12")  # numpy does not know this one
+    assert "no delta" in refused(load_delta, path)
 
-    spoiled = {**delta.new, NORM: np.where(np.arange(32) == 7, np.inf, delta.new[NORM]).astype(np.float32)}
-    save_delta(Delta(spoiled, delta.base, delta.metadata), path)
-    assert f"NaN or infinity in {NORM}" in refused(load_delta, path)
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("tensors", v) for v in ("", "7", "{}", DEEP, "[1]", '[["a","F32"]]', '[["a",1,[2]]]', "null")),
+        *(("tensors", v) for v in ('[["a","F32",[-1]]]', '[["a","F32",[true]]]', '[["a","F32",["2"]]]')),
+        *(("edits", v) for v in ("many", "-1", "1.5", "true", "1" * 5000)),
+        *(("config", v) for v in ("[]", "{", DEEP)),
+        *(("versions", v) for v in ("[]", "0.1.0")),
+        *(("parents", v) for v in ("{}", "[7]")),
+    ],
+)
+def test_metadata_of_the_wrong_kind(delta, tmp_path, key, value):
+    path = tmp_path / "d.safetensors"
+    save_delta(Delta(delta.new, delta.base, {**delta.metadata, key: value}), path)
+    assert f"{path}: its metadata `{key}` is not" in refused(load_delta, path)
+
+
+def test_fingerprints_that_are_not_those_of_the_tensors(delta, tmp_path):
+    path = tmp_path / "d.safetensors"
+    listed = json.loads(delta.metadata["tensors"])
+    short = json.dumps([row for row in listed if row[0] != DOWN])
+    for change in ({"fingerprint": "0" * 64}, {"tensors": "[]"}, {"tensors": short}):
+        save_delta(Delta(delta.new, delta.base, {**delta.metadata, **change}), path)
+        assert "its fingerprint is not that of the base tensors" in refused(load_delta, path)
+    save_delta(Delta({**delta.new, DOWN: -delta.new[DOWN]}, delta.base, delta.metadata), path)
+    assert "the edited tensors are not those that were saved" in refused(load_delta, path)
+
+
+def test_any_flipped_byte_is_read_or_refused(delta, tmp_path):
+    path = tmp_path / "d.safetensors"
+    save_delta(delta, path)
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    rng = np.random.default_rng(0)
+    places = [*rng.integers(0, header, 300), *rng.integers(header, len(whole), 50)]
+    refusals = []
+    for place in places:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ rng.integers(1, 256)]) + whole[place + 1 :])
+        try:
+            load_delta(path)
+        except UserError:
+            refusals.append(place)
+    assert len(refusals) > 300 and set(places[300:]) <= set(refusals)  # every flip in a value
+
+
+# ---------------------------------------------------------------- the delta between two folders
+
+
+def test_diff_finds_what_differs_and_nothing_else(delta, checkpoint, other, tmp_path):
+    def change(tensors):
+        tensors.update(delta.new, **{"model.norm.weight": -tensors["model.norm.weight"]})
+
+    edited = other(change)
+    found = diff_delta(checkpoint, edited)
+    assert set(found.new) == {DOWN, NORM, "model.norm.weight"}
+    check_delta(checkpoint, found)
+    check_delta(edited, found, edited=True)
+    assert found.new[DOWN].tobytes() == delta.new[DOWN].tobytes()
+    assert json.loads(found.metadata["versions"])["locft-jax"] and found.metadata["made_by"] == "diff"
+
+
+def test_diff_of_other_files_of_the_same_model(tiny_model_dir, make_variant, tmp_path, delta, checkpoint):
+    """Tensors are compared, not files."""
+    dealt = hf.open_checkpoint(str(make_variant(tiny_model_dir, tmp_path / "dealt", files=3)))
+    assert "no delta" in refused(diff_delta, checkpoint, dealt)
+    hf.save_hf(dealt, delta.new, tmp_path / "edited")
+    found = diff_delta(checkpoint, hf.open_checkpoint(str(tmp_path / "edited")))
+    assert found.metadata["fingerprint"] == delta.metadata["fingerprint"]
+    assert {n: a.tobytes() for n, a in found.new.items()} == {n: a.tobytes() for n, a in delta.new.items()}
+
+
+def test_diff_of_what_are_not_two_states_of_one_model(
+    checkpoint, other, tiny_model_dir, make_variant, tmp_path
+):
+    message = refused(diff_delta, checkpoint, other(lambda tensors: tensors.update(extra=np.zeros(1))))
+    assert "extra should not be there" in message
+    half = hf.open_checkpoint(str(make_variant(tiny_model_dir, tmp_path / "half", "float16")))
+    with pytest.raises(UserError, match=r"are not those of .*\n  lm_head.weight is F16 \[320, 32\], not F32"):
+        diff_delta(checkpoint, half)
+
+
+def test_diff_compares_tensors_of_any_dtype_but_saves_only_those_of_a_model(tiny_model_dir, tmp_path):
+    folders = []
+    for name, step in (("base", 1), ("same", 1), ("other", 2)):
+        folders.append(shutil.copytree(tiny_model_dir, tmp_path / name))
+        tensors = load_file(folders[-1] / "model.safetensors")
+        tensors["model.norm.weight"] = tensors["model.norm.weight"] + (name != "base")
+        save_file(tensors | {"ids": np.arange(0, 8 * step, step)}, folders[-1] / "model.safetensors")
+    base, same, changed = (hf.open_checkpoint(str(f)) for f in folders)
+    assert set(diff_delta(base, same).new) == {"model.norm.weight"}
+    assert "ids has dtype I64" in refused(diff_delta, base, changed)
