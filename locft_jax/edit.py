@@ -22,7 +22,7 @@ from locft_jax.editing.checkpoint import describe_run, finished, guarded, open_r
 from locft_jax.editing.run import check_fit, choose_site, encode_requests, last_delta
 from locft_jax.errors import UserError
 from locft_jax.evaluation.metrics import make_probes
-from locft_jax.evaluation.report import print_report
+from locft_jax.evaluation.report import plain, print_report
 from locft_jax.evaluation.run import check_probes
 from locft_jax.files import whole_folder, write_json, write_jsonl
 from locft_jax.model.delta import save_delta
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     start = last_delta(earlier.folder, checkpoint, site) if earlier and args.start_from == "last" else None
     run = describe_run(config, data, capability, checkpoint, site, mesh, start)
     if args.resume and finished(out, run):
-        return console.print(f"{out}/ holds this run, finished: nothing to resume")
+        return console.print(plain(f"{out}/ holds this run, finished: nothing to resume"))
     checkpoints = open_run(out, config.checkpoint_every, run, args.resume)
     for note in notes:
         say(note)
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.keep_checkpoint:
                 shutil.move(checkpoints.folder / "steps", folder / "checkpoint")
     print_report(result.report, result.predictions, console)
-    console.print(f"written to {out}/: " + ", ".join(sorted(p.name for p in out.iterdir())))
+    console.print(plain(f"written to {out}/: " + ", ".join(sorted(p.name for p in out.iterdir()))))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

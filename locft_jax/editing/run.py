@@ -79,12 +79,12 @@ def check_fit(
 ) -> list[str]:
     """Warnings of memory that may not suffice. Raises UserError, before any weight is loaded, where it
     certainly does not, or as `choose_mode` does."""
-    spec, dtype = checkpoint.spec, frozen_dtype(checkpoint, config.weights)
+    spec, itemsize = checkpoint.spec, frozen_dtype(checkpoint, config.weights).itemsize
     layer = first_layer(spec, site)
-    cache = len(corpus.tokens) * spec.d_model * np.dtype(dtype).itemsize
+    cache = len(corpus.tokens) * spec.d_model * itemsize
     choose_mode(config.prefix_cache, layer, cache, *memory_budgets(config.memory_budget))
     step = step_of(corpus, config.batch_size, config.row_length, layer)
-    notes = check_memory(spec, mesh, np.dtype(dtype).itemsize, site, step)
+    notes = check_memory(spec, mesh, itemsize, site, step)
     if "orbax" in config.export and checkpoint.nbytes() > host_memory():
         notes.append(
             f"the orbax export gathers {as_text(checkpoint.nbytes())} in host memory, where "
