@@ -60,6 +60,13 @@ def test_many_edits(tmp_path):
     assert result["off_linear"]["edit"] == pytest.approx(second / first / 4 - 1)
 
 
+def test_streaming():
+    result = script("streaming.py")
+    assert result["benchmark"] == "streaming"
+    assert [len(row) for row in result["curve"]] == [1, 2]
+    assert all(0 <= rate <= 1 for row in result["curve"] for rate in row)
+
+
 @pytest.mark.parity
 def test_gpu_edit(torch):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
