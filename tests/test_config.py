@@ -243,8 +243,6 @@ def test_source_is_not_a_key():
 @pytest.mark.parametrize(
     ("setting", "supported"),
     [
-        ("pipeline=depth", "breadth"),
-        ("method=ft-l", "ft-m"),
         ("weights=int8", "checkpoint, float32, bfloat16"),
         ("preserve=soft", "none"),
         ("preserve_strength=0.5", "null"),

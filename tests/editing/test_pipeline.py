@@ -17,8 +17,8 @@ from locft_jax.editing.pipeline import (
     Schedule,
     StepRecord,
     ahead,
-    breadth_first,
     place_batch,
+    run_pipeline,
     run_shape,
 )
 from locft_jax.editing.prefix import cached_source
@@ -84,9 +84,7 @@ def edit(mode, schedule, mesh_shape, weights=None, shape=None, corpus=CORPUS, ba
     source = cached_source(SPEC, weights, CORPUS, 1, mode, mesh, schedule.row_length, base=base)
     before, records = train_step._cache_size(), []
     state = init_state(read_site(SPEC, weights, SITE, mesh, base))
-    out = breadth_first(
-        SPEC, weights, state, corpus, source, schedule, mesh, records.append, shape, base=base
-    )
+    out = run_pipeline(SPEC, weights, state, corpus, source, schedule, mesh, records.append, shape, base=base)
     theta = {name: np.asarray(a) for name, a in out.state.theta.items()}
     return Run(records, out, theta, train_step._cache_size() - before, source.mode)
 
@@ -244,7 +242,7 @@ def test_the_loop_moves_nothing_implicitly(mode, mesh_shape):
     try:
         with pytest.raises(Exception, match="[Dd]isallowed"):
             jnp.sin(np.ones(3))  # the guard is on
-        out = breadth_first(SPEC, weights, state, CORPUS, source, SCHEDULE, mesh)
+        out = run_pipeline(SPEC, weights, state, CORPUS, source, SCHEDULE, mesh)
     finally:
         jax.config.update("jax_transfer_guard", "allow")
     assert len(out.records) == 9

@@ -26,7 +26,7 @@ from locft_jax.data.tokens import (  # noqa: E402
     epoch_batches,
     fit_shape,
 )
-from locft_jax.editing.pipeline import Schedule, breadth_first  # noqa: E402
+from locft_jax.editing.pipeline import Schedule, run_pipeline  # noqa: E402
 from locft_jax.editing.prefix import cached_source  # noqa: E402
 from locft_jax.editing.site import find_site, first_layer, read_site  # noqa: E402
 from locft_jax.editing.step import (  # noqa: E402
@@ -91,7 +91,7 @@ def run_ours(world, site, schedule, mode):
     source = cached_source(spec, world.weights, world.corpus, layer, mode, world.mesh, 32)
     state = init_state(read_site(spec, world.weights, site, world.mesh))
     records = []
-    out = breadth_first(
+    out = run_pipeline(
         spec, world.weights, state, world.corpus, source, schedule, world.mesh, records.append, world.shape
     )
     adam = next(s for s in jax.tree.leaves(out.state.optimizer, is_leaf=is_adam) if is_adam(s))
