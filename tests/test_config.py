@@ -71,6 +71,7 @@ def test_defaults_are_the_references():
         64,
         ("hf", "delta", "orbax"),
     )
+    assert c.norm_constraint is None
     assert (c.num_edits, c.save_model_dir, c.eval_sample, c.memory_budget) == (None,) * 4
 
 

@@ -208,8 +208,9 @@ def run_pipeline(
         (epoch, which, loss), pending = pending, None
         value = float(jax.device_get(loss))
         if not math.isfinite(value):
+            what = "mini-batch" if depth else "epoch"
             raise NonFiniteLoss(
-                f"the loss is {value} in {'mini-batch' if depth else 'epoch'} {epoch + 1}, step {len(records) + 1}, over the edits "
+                f"the loss is {value} in {what} {epoch + 1}, step {len(records) + 1}, over the edits "
                 f"{', '.join(map(str, which[:8]))}{', ...' if len(which) > 8 else ''} (counted from 0); "
                 "a smaller lr, or weights and data without NaN or infinity, would be right"
             )
@@ -246,8 +247,9 @@ def run_pipeline(
 
 def _rounds(records: Sequence[StepRecord], depth: bool) -> Iterator[Sequence[StepRecord]]:
     """The steps of every epoch; depth-first, the last step of every mini-batch."""
-    for _, own in itertools.groupby(records, lambda r: r.epoch):
-        yield list(own)[-1:] if depth else list(own)
+    for _, group in itertools.groupby(records, lambda r: r.epoch):
+        own = list(group)
+        yield own[-1:] if depth else own
 
 
 def mean_loss(records: Sequence[StepRecord]) -> float:
