@@ -274,7 +274,7 @@ def test_skipped_batches_and_early_stop(torch, world):
 def test_depth_first(torch, world):
     """Five steps on each of three mini-batches; then with a floor that some of them reach early."""
     compare(torch, world, DOWN, 2, "device", epochs=5, pipeline="depth")
-    theirs = compare(torch, world, LAYER, 1, epochs=30, loss_floor=1.4, pipeline="depth")
+    theirs = compare(torch, world, DOWN, 2, "device", epochs=30, loss_floor=2.5, pipeline="depth")
     assert theirs.skipped[-1] and sum(theirs.skipped) >= 2 and len(theirs.losses) < 3 * 30
 
 
