@@ -116,7 +116,8 @@ def edit(
                 return bar.skip()  # made by an earlier process
             on_step(steps[-1])
             rate = bar.rate() * len(corpus) / per_epoch
-            bar.advance(1, f"epoch {line.epoch + 1}, loss {line.loss:.4f}, {rate:.0f} edits/s")
+            what = "epoch" if config.pipeline == "breadth" else "mini-batch"
+            bar.advance(1, f"{what} {line.epoch + 1}, loss {line.loss:.4f}, {rate:.0f} edits/s")
 
         done = run_edit(model, corpus, site, config, record, start, checkpoints)
     seconds["edit"] = done.seconds

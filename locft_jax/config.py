@@ -23,8 +23,6 @@ DEMO_CONFIG = DEMO_FOLDER / "demo.yaml"
 
 # Keys whose other values wait for a feature, and what works now. Building one shrinks this table.
 NOT_YET: dict[str, tuple[Any, ...]] = {
-    "pipeline": ("breadth",),
-    "method": ("ft-m",),
     "weights": ("checkpoint", "float32", "bfloat16"),
     "eval_every": (None,),
     "preserve": ("none",),
@@ -60,8 +58,9 @@ class Config:
     seed: int = 0
     loss_average: str = "example"  # or token
     loss_floor: float = 1e-2  # below it a batch makes no step and an epoch ends the run
-    pipeline: str = "breadth"
-    method: str = "ft-m"
+    pipeline: str = "breadth"  # or depth: each mini-batch to convergence in turn, num_steps steps at most
+    method: str = "ft-m"  # or ft-l: loss on the last target token only
+    norm_constraint: float | None = None  # most that an element of a tuned tensor may change
     append_eos: bool = True
     chat_template: bool = False
     on_conflict: str = "keep"  # one prompt, several targets: keep, last, error
@@ -298,8 +297,9 @@ _RULES: dict[str, _Rule] = {
     "seed": _whole(0, 2**32 - 1),
     "loss_average": _choice("example", "token"),
     "loss_floor": _real(0),
-    "pipeline": _TEXT,
-    "method": _TEXT,
+    "pipeline": _choice("breadth", "depth"),
+    "method": _choice("ft-m", "ft-l"),
+    "norm_constraint": _optional(_real(0, above=True)),
     "append_eos": _SWITCH,
     "chat_template": _SWITCH,
     "on_conflict": _choice("error", "last", "keep"),

@@ -71,6 +71,7 @@ def test_defaults_are_the_references():
         64,
         ("hf", "delta", "orbax"),
     )
+    assert c.norm_constraint is None
     assert (c.num_edits, c.save_model_dir, c.eval_sample, c.memory_budget) == (None,) * 4
 
 
@@ -243,8 +244,6 @@ def test_source_is_not_a_key():
 @pytest.mark.parametrize(
     ("setting", "supported"),
     [
-        ("pipeline=depth", "breadth"),
-        ("method=ft-l", "ft-m"),
         ("weights=int8", "checkpoint, float32, bfloat16"),
         ("preserve=soft", "none"),
         ("preserve_strength=0.5", "null"),

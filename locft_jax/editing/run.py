@@ -14,7 +14,7 @@ from locft_jax.config import Config, resolve_layers
 from locft_jax.data.requests import EditRequest
 from locft_jax.data.tokens import Corpus, encode_pairs
 from locft_jax.editing.checkpoint import Checkpoints
-from locft_jax.editing.pipeline import Outcome, Schedule, StepRecord, breadth_first
+from locft_jax.editing.pipeline import Outcome, Schedule, StepRecord, run_pipeline
 from locft_jax.editing.prefix import cached_source, choose_mode
 from locft_jax.editing.site import find_site, first_layer, materialize, parameters, read_site
 from locft_jax.editing.step import Hyper, init_state
@@ -51,27 +51,32 @@ def schedule_of(config: Config) -> Schedule:
         seed=config.seed,
         average=config.loss_average,
         row_length=config.row_length,
-        hyper=Hyper(config.lr, config.weight_decay, config.loss_floor),
+        hyper=Hyper(config.lr, config.weight_decay, config.loss_floor, config.norm_constraint),
+        pipeline=config.pipeline,
     )
 
 
 def encode_requests(
     model_tokenizer: object, requests: Sequence[EditRequest], config: Config, spec: ModelSpec
 ) -> Corpus:
-    """Training texts of the requests, EOS included (method.md, An edit). Raises UserError when the
-    tokenizer has no EOS to append, or as `encode_pairs` does."""
+    """Training texts of the requests, EOS included (method.md, An edit). For `ft-l` only the last
+    token of a target is trained; EOS, which says nothing of the fact, is left out. Raises UserError when
+    the tokenizer has no EOS to append, or as `encode_pairs` does."""
     eos = getattr(model_tokenizer, "eos_token_id", None)
-    if config.append_eos and eos is None:
+    append = config.append_eos and config.method != "ft-l"
+    if append and eos is None:
         raise UserError("append_eos: this model's tokenizer has no EOS token; use append_eos=false")
-    return encode_pairs(
+    corpus = encode_pairs(
         model_tokenizer,
         [r.prompt for r in requests],
         [r.target_new for r in requests],
-        eos=eos if config.append_eos else None,
+        eos=eos if append else None,
         chat_template=config.chat_template,
         max_length=spec.max_position,
         vocab_size=spec.vocab_size,
     )
+    last = corpus.lengths - 1
+    return dataclasses.replace(corpus, target_start=last) if config.method == "ft-l" else corpus
 
 
 def check_fit(
@@ -125,7 +130,7 @@ def run_edit(
     source = cached_source(
         model.spec, model.weights, corpus, layer, mode, model.mesh, config.row_length, base=base
     )
-    outcome = breadth_first(
+    outcome = run_pipeline(
         model.spec,
         model.weights,
         state,

@@ -16,7 +16,7 @@ from locft_jax.data.tokens import Batch
 from locft_jax.editing.site import Theta, materialize
 from locft_jax.model import decoder
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Edits, Weights
+from locft_jax.model.weights import Edits, Weights, take_tensor
 
 
 @jax.tree_util.register_dataclass
@@ -36,6 +36,7 @@ class Hyper:
     lr: float
     weight_decay: float
     loss_floor: float
+    norm_constraint: float | None = None  # no element moves further than this from the base (FT-L)
 
 
 def make_optimizer(hyper: Hyper) -> optax.GradientTransformationExtraArgs:
@@ -99,9 +100,18 @@ def train_step(
     source: jax.Array,
     batch: Batch,
 ) -> tuple[EditState, jax.Array]:
-    """One breadth-first step on one packed batch: (state, frozen weights, inputs) -> (state, loss)."""
+    """One step on one packed batch: (state, frozen weights, inputs) -> (state, loss)."""
     loss, grads = jax.value_and_grad(batch_loss, argnums=2)(
         spec, start, state.theta, weights, base, source, batch
     )
     updates, optimizer = make_optimizer(hyper).update(grads, state.optimizer, state.theta, loss=loss)
-    return EditState(optax.apply_updates(state.theta, updates), optimizer), loss
+    theta = optax.apply_updates(state.theta, updates)
+    return EditState(bounded(spec, theta, weights, base, hyper.norm_constraint), optimizer), loss
+
+
+def bounded(spec: ModelSpec, theta: Theta, weights: Weights, base: Edits, bound: float | None) -> Theta:
+    """theta clipped to what stands in the model (edits `base` first) +- `bound`; None: as it is."""
+    if bound is None:
+        return theta
+    own = {n: jnp.float32(base[n] if n in base else take_tensor(spec, weights, n)) for n in theta}
+    return {n: jnp.clip(a, own[n] - bound, own[n] + bound) for n, a in theta.items()}

@@ -190,6 +190,18 @@ def test_stopped_at_a_step_and_resumed(edit_arguments, tmp_path, undisturbed, mo
     assert report["resumed"] == [saved]
 
 
+@pytest.mark.parametrize("step", [2, 5])
+def test_a_depth_first_run_is_resumed(edit_arguments, tmp_path, undisturbed, monkeypatch, step):
+    """In a mini-batch, and beyond its end, which the losses decide."""
+    settings = {**SHORT, "pipeline": "depth", "num_steps": 6, "loss_floor": 1.5, "method": "ft-l"}
+    arguments = edit_arguments(tmp_path / "out", **settings)
+    with signal_at(monkeypatch, step):
+        assert run_command(edit, arguments) == 1
+    assert run_command(edit, [*arguments, "--resume"]) == 0
+    assert result(tmp_path / "out") == undisturbed(settings)
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["resumed"] == [step]
+
+
 def test_resumed_on_a_mesh(edit_arguments, tmp_path, undisturbed, monkeypatch):
     settings = {**SHORT, "mesh": "{data: 2, model: 4}"}
     arguments = edit_arguments(tmp_path / "out", **settings)
