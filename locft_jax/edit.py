@@ -19,6 +19,7 @@ from locft_jax.data.capability import read_capability
 from locft_jax.data.requests import read_requests
 from locft_jax.data.streaming import extend, read_earlier, streaming_report, to_record
 from locft_jax.editing.checkpoint import describe_run, finished, guarded, open_run
+from locft_jax.editing.preserve import check_preserve, retained_texts
 from locft_jax.editing.run import check_fit, choose_site, encode_requests, last_delta
 from locft_jax.errors import UserError
 from locft_jax.evaluation.metrics import make_probes
@@ -50,6 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(checkpoint)
     mesh = make_mesh(config.mesh)
     site = choose_site(checkpoint.spec, config)
+    check_preserve(checkpoint.spec, site, config)
+    retained_texts(config, data.requests)
     corpus = encode_requests(tokenizer, data.requests, config, checkpoint.spec)
     if config.evaluate:
         probes = make_probes(data.requests, config.eval_sample, config.seed)

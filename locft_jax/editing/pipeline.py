@@ -10,7 +10,7 @@ import itertools
 import math
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -140,13 +140,15 @@ def breadth_first(
     base: Edits = {},  # noqa: B006 (never written to)
     done: Sequence[StepRecord] = (),
     keeper: Keeper | None = None,
+    preserve: Mapping[str, jax.Array] = {},  # noqa: B006 (never written to)
 ) -> Outcome:
     """LocFT-BF's loop (method.md, Training): at most `epochs` shuffled passes in mini-batches; stops
     when an epoch's mean loss (by example, skipped batches included) falls below the floor.
 
     `state` is consumed (donated). `shape` overrides `run_shape` (a larger one gives the same result);
     `base`: edits that the model already carries; `done`: the steps that led to `state`, in a run that
-    goes on; `keeper` is given the state whenever it says that it is due.
+    goes on; `keeper` is given the state whenever it says that it is due;
+    `preserve`: matrices that every update is multiplied with (editing/preserve.py).
     Raises NonFiniteLoss naming epoch, step and batch.
     """
     shape = shape or run_shape(corpus, schedule, mesh)
@@ -194,7 +196,7 @@ def breadth_first(
                 read()
                 if mean_loss(records[-per_epoch:]) < floor:
                     break
-            state, loss = train_step(spec, source.layer, hyper, state, weights, base, array, batch)
+            state, loss = train_step(spec, source.layer, hyper, state, weights, base, array, batch, preserve)
             read()  # of the step before: the device is busy with this one
             pending = which, loss
             if keeper is not None and keeper.due(step):
