@@ -101,7 +101,8 @@ def check_preserve(spec: ModelSpec, site: Sequence[str], config: Config) -> None
 def retained_texts(config: Config, requests: Sequence[EditRequest]) -> list[str] | None:
     """Texts whose inputs are retained; None where there are none: preserve is off, or the source is the
     model itself. Files: `.txt`, a text a line; `.json`, `.jsonl`, `.csv`, records (also of a Hub
-    set) with `text` or `prompt`. Raises UserError for a file that holds none, and for templates without subjects."""
+    set) with `text` or `prompt`. Raises UserError for a file that holds none, and for templates without
+    subjects."""
     source = source_of(config)
     if config.preserve == "none" or source == "model":
         return None
@@ -223,7 +224,9 @@ def second_moments(
         batch = pack(corpus, which, shape)
         assert batch is not None, "fit_shape saw every batch"
         split = rows_sharding(mesh, batch.index.shape[0])
-        batch = jax.tree.map(lambda a, s=split: jax.device_put(a, s if a.ndim == 2 else replicated(mesh)), batch)
+        batch = jax.tree.map(
+            lambda a, s=split: jax.device_put(a, s if a.ndim == 2 else replicated(mesh)), batch
+        )
         sums = _sums(spec, wanted, weights, materialize({}, base), tokens, batch)
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     assert total is not None, "a corpus is never empty"
@@ -258,7 +261,9 @@ def _sample(
     return jax.lax.while_loop(more, step, (jnp.int32(1), tokens, done))[1]
 
 
-def sample_model(model: Model, seed: int, count: int = SAMPLES, length: int = SAMPLE_LENGTH) -> list[list[int]]:
+def sample_model(
+    model: Model, seed: int, count: int = SAMPLES, length: int = SAMPLE_LENGTH
+) -> list[list[int]]:
     """`count` token sequences from the model itself: seeded, temperature 1, from BOS (where the tokenizer
     has one, else EOS) to the first EOS or `length` tokens. Without a cache of keys: every token runs the
     sequence anew, which is why they are short. Raises UserError without BOS and EOS."""

@@ -120,5 +120,7 @@ def train_step(
     loss, grads = jax.value_and_grad(batch_loss, argnums=2)(
         spec, start, state.theta, weights, base, source, batch
     )
-    updates, optimizer = make_optimizer(hyper, preserve).update(grads, state.optimizer, state.theta, loss=loss)
+    updates, optimizer = make_optimizer(hyper, preserve).update(
+        grads, state.optimizer, state.theta, loss=loss
+    )
     return EditState(optax.apply_updates(state.theta, updates), optimizer), loss
