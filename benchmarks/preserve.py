@@ -1,6 +1,7 @@
 """What preserving edits cost and keep: demo edits with plain LocFT-BF and with `preserve`, side by side.
 
-    python benchmarks/preserve.py [--seeds 0 1] [--lr 1e-3 2e-3] [--strength 10] [--source templates] [--small]
+    python benchmarks/preserve.py [--seeds 0 1] [--lr 1e-3 2e-3] [--strength 3 10]
+        [--source templates] [--small]
 
 Every seed is another sample of facts to edit. Prints each run's figures, their mean and spread (standard
 deviation), and one JSON line last.
