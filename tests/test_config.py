@@ -245,9 +245,7 @@ def test_source_is_not_a_key():
     ("setting", "supported"),
     [
         ("weights=int8", "checkpoint, float32, bfloat16"),
-        ("preserve=soft", "none"),
-        ("preserve_strength=0.5", "null"),
-        ("preserve_data=x.json", "null"),
+        ("preserve=kfac", "none, soft, null"),
         ("preserve_kl=much", "null"),
         ("augment_prefixes=5", "0"),
         ("eval_every=2", "null"),

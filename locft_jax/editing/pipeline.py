@@ -11,7 +11,7 @@ import itertools
 import math
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -168,6 +168,7 @@ def run_pipeline(
     base: Edits = {},  # noqa: B006 (never written to)
     done: Sequence[StepRecord] = (),
     keeper: Keeper | None = None,
+    preserve: Mapping[str, jax.Array] = {},  # noqa: B006 (never written to)
 ) -> Outcome:
     """The editing loop (method.md, Training). Breadth-first, LocFT-BF's: at most `epochs` shuffled passes
     in mini-batches; stops when an epoch's mean loss (by example, skipped batches included) falls below
@@ -176,7 +177,8 @@ def run_pipeline(
 
     `state` is consumed (donated). `shape` overrides `run_shape` (a larger one gives the same result);
     `base`: edits that the model already carries; `done`: the steps that led to `state`, in a run that
-    goes on; `keeper` is given the state whenever it says that it is due.
+    goes on; `keeper` is given the state whenever it says that it is due;
+    `preserve`: matrices that every update is multiplied with (editing/preserve.py).
     Raises NonFiniteLoss naming epoch, step and batch.
     """
     shape = shape or run_shape(corpus, schedule, mesh)
@@ -228,7 +230,9 @@ def run_pipeline(
             if depth and not made:
                 state = EditState(state.theta, fresh())
             for _ in range(made, schedule.epochs if depth else 1):
-                state, loss = train_step(spec, source.layer, hyper, state, weights, base, array, batch)
+                state, loss = train_step(
+                    spec, source.layer, hyper, state, weights, base, array, batch, preserve
+                )
                 read()  # of the step before: the device is busy with this one
                 pending = visit // per_epoch, which, loss
                 due = keeper is not None and keeper.due(len(records) + 1)

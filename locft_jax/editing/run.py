@@ -16,6 +16,7 @@ from locft_jax.data.tokens import Corpus, encode_pairs
 from locft_jax.editing.checkpoint import Checkpoints
 from locft_jax.editing.pipeline import Outcome, Schedule, StepRecord, run_pipeline
 from locft_jax.editing.prefix import cached_source, choose_mode
+from locft_jax.editing.preserve import make_preserve
 from locft_jax.editing.site import find_site, first_layer, materialize, parameters, read_site
 from locft_jax.editing.step import Hyper, init_state
 from locft_jax.errors import UserError
@@ -106,10 +107,12 @@ def run_edit(
     on_step: Callable[[StepRecord], None] = lambda record: None,
     start: Mapping[str, np.ndarray] | None = None,
     checkpoints: Checkpoints | None = None,
+    retained: Sequence[str] | None = None,
 ) -> Edited:
     """LocFT-BF on one model: the given model is not changed. `start`: values that the site's tensors
     begin with (HF names; default: the model's own). With `checkpoints` the run goes on from the newest
-    one and leaves others; `on_step` is told of the steps made before too.
+    one and leaves others; `on_step` is told of the steps made before too. `retained`: texts for the config's
+    `preserve` (None: the model's own).
 
     Raises NonFiniteLoss, and Interrupted when a signal asked to stop.
     """
@@ -130,6 +133,7 @@ def run_edit(
     source = cached_source(
         model.spec, model.weights, corpus, layer, mode, model.mesh, config.row_length, base=base
     )
+    preserve = make_preserve(model, site, config, retained)
     outcome = run_pipeline(
         model.spec,
         model.weights,
@@ -142,6 +146,7 @@ def run_edit(
         base=base,
         done=done,
         keeper=checkpoints,
+        preserve=preserve,
     )
     tensors = to_checkpoint_dtype(model.checkpoint, materialize(outcome.state.theta, base))
     seconds = time.monotonic() - begin

@@ -93,3 +93,12 @@ def test_gpu_edit(torch):
         assert name == "ours" or side["ratio"] > 0
     own = result["sides"]["ours"]
     assert 0 < own["peak_share"] < 1 and own["losses"][1] < own["losses"][0]
+
+
+def test_preserve():
+    result = script("preserve.py")
+    assert result["benchmark"] == "preserve"
+    assert [row["preserve"] for row in result["rows"]] == ["none", "soft"]
+    for row in result["rows"]:
+        assert row["mean"].keys() == row["spread"].keys()
+        assert row["runs"][0]["seconds"] > 0 and 0 <= row["mean"]["lost"] <= 1
