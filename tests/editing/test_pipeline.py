@@ -226,7 +226,7 @@ def test_depth_first_ends_each_mini_batch_in_turn():
 @pytest.mark.parametrize("mesh_shape", EIGHT)
 def test_depth_first_on_eight_devices(mesh_shape):
     other = deep(mesh_shape)
-    assert other.compilations == 1
+    assert other.compilations <= 1  # 0 where another run of this shape has compiled it
     np.testing.assert_allclose(
         [r.loss for r in other.records], [r.loss for r in deep().records], rtol=1e-4
     )  # 1e-4: up to 20 steps at a rate six times that of the other tests
