@@ -81,8 +81,9 @@ def layer_parameters(spec: ModelSpec) -> tuple[int, int]:
 def epoch_flops(spec: ModelSpec, corpus: Corpus, layer: int, site_parameters: int) -> float:
     """Useful FLOPs of one epoch with cached activations below `layer`, for one tuned MLP matrix: the
     site's layer forward and its weight gradient, forward and input gradient of the layers above, head
-    and last block's query, output and MLP at target positions only; attention scores not counted."""
-    tokens, targets = int(corpus.lengths.sum()), int(corpus.target_lengths.sum())
+    and last block's query, output and MLP at target positions only; attention scores and the last token of
+    each text, which is only predicted, not counted."""
+    tokens, targets = int(corpus.read_lengths.sum()), int(corpus.target_lengths.sum())
     keys_values, rest = layer_parameters(spec)
     above = spec.n_layers - 2 - layer  # whole layers between the site's and the last
     blocks = (2 + 4 * above) * tokens * (keys_values + rest) + 4 * (tokens * keys_values + targets * rest)

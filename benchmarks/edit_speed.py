@@ -100,7 +100,7 @@ def our_loop(folder: str, corpus: Corpus, layer: int, batch: int, epochs: int) -
     losses, prefix, total = run()
     rate = matmul_rate(spec, shape.rows * shape.length)
     flops = epochs * epoch_flops(spec, corpus, layer, tuned)
-    filled = int(corpus.lengths.sum()) / (shape.rows * shape.length * -(-len(corpus) // batch))
+    filled = int(corpus.read_lengths.sum()) / (shape.rows * shape.length * -(-len(corpus) // batch))
     return {
         "losses": losses,
         "prefix_seconds": prefix,

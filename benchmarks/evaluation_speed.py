@@ -36,11 +36,12 @@ from locft_jax.data.tokens import Corpus
 from locft_jax.editing.pipeline import Schedule, run_pipeline
 from locft_jax.editing.prefix import cached_source
 from locft_jax.editing.run import choose_site
-from locft_jax.editing.site import find_site, read_site
+from locft_jax.editing.site import find_site, first_layer, read_site
 from locft_jax.editing.step import Hyper, init_state
-from locft_jax.evaluation.answers import answer
-from locft_jax.evaluation.metrics import NEW_TOKENS, make_probes, stop_tables
-from locft_jax.evaluation.run import ask, later_guesses, prepare
+from locft_jax.evaluation.answers import ProbeCache, answer
+from locft_jax.evaluation.generate import Reader
+from locft_jax.evaluation.metrics import NEW_TOKENS, make_probes, matches, stop_tables
+from locft_jax.evaluation.run import ask, later_guesses, prepare, probe_cache
 from locft_jax.model.delta import load_delta
 from locft_jax.model.hf import load_model, load_weights, open_checkpoint
 from locft_jax.model.sharding import make_mesh
@@ -48,7 +49,7 @@ from locft_jax.model.weights import take_tensor
 
 SEED, BATCH = 0, 64
 ONE = {"data": 1, "model": 1}
-Answered = tuple[list[list[int]], int]  # token ids of every answer, how many one pass proved
+Answered = tuple[list[Any], int]  # every answer, how many one pass proved
 
 
 def torch_answers(
@@ -71,13 +72,17 @@ def torch_answers(
                 max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=ids, pad_token_id=ids[0],
             )  # fmt: skip
         for i, said in zip(chosen, out[:, longest:].tolist(), strict=True):
-            end = next((n + 1 for n, t in enumerate(said) if stop[t]), len(said))
-            answers[i] = said[:end]
+            answers[i] = until(said, stop)
     return answers
 
 
+def until(tokens: list[int], stop: np.ndarray) -> list[int]:
+    """Up to and including the first stop token."""
+    return tokens[: next((n + 1 for n, t in enumerate(tokens) if stop[t]), len(tokens))]
+
+
 def compare(
-    case: str, when: str, ours: Callable[[], Answered], theirs: Callable[[], list[list[int]]], repeats: int
+    case: str, when: str, ours: Callable[[], Answered], theirs: Callable[[], list[Any]], repeats: int
 ) -> dict[str, Any]:
     """Run both once to compile and to compare, then time them in turn; the best of each counts."""
     (tokens, proved), expected = ours(), theirs()
@@ -95,7 +100,6 @@ def compare(
         "when": when,
         "probes": len(tokens),
         "hits": proved / len(tokens),
-        "answer_tokens": sum(map(len, expected)) / len(expected),
         "ours_seconds": best[ours],
         "transformers_seconds": best[theirs],
         "ratio": best[theirs] / best[ours],
@@ -143,16 +147,26 @@ def demo_case(
     after = model.apply(load_delta(delta)) if delta else api.edit(model, data, config).edited
     reference = torch_model(torch, config.model_name_or_path, device)
     official, eos_only = stop_tables(model.tokenizer, model.spec.vocab_size, model.eos)
-    kinds = np.asarray([p.kind == "reliability" for p in asked.probes])
+    reliability = [p.kind == "reliability" for p in asked.probes]
+    layer = first_layer(model.spec, site)
+    caches: list[Any] = []
 
-    def theirs() -> list[list[int]]:
-        answers: list[list[int]] = [[] for _ in kinds]
-        for which, stop in ((np.flatnonzero(kinds), eos_only), (np.flatnonzero(~kinds), official)):
-            prompts = [asked.prompts[i] for i in which]
-            found = torch_answers(torch, reference, prompts, stop, device)
+    def verdicts(tokens: list[list[int]], full: Sequence[str]) -> list[Any]:
+        """An answer by the official stop rule; of an edited prompt also whether it matches until EOS."""
+        return [
+            (t, matches(f, str(p.target))) if r else t
+            for t, f, p, r in zip(tokens, full, asked.probes, reliability, strict=True)
+        ]
+
+    def theirs() -> list[Any]:
+        answers: list[list[int]] = [[] for _ in reliability]
+        for until_eos, stop in ((True, eos_only), (False, official)):
+            which = [i for i, r in enumerate(reliability) if r is until_eos]
+            found = torch_answers(torch, reference, [asked.prompts[i] for i in which], stop, device)
             for i, tokens in zip(which, found, strict=True):
                 answers[i] = tokens
-        return answers
+        full = model.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return verdicts([until(a, official) for a in answers], full)
 
     first = ask(before, before.edits, asked, None, config.row_length)
     rows = []
@@ -161,9 +175,11 @@ def demo_case(
         ("after", after, later_guesses(asked, first)),
     ):
 
-        def ours(now: Any = now, guesses: Any = guesses) -> Answered:
-            answers = ask(now, now.edits, asked, guesses, config.row_length)
-            return answers.tokens, answers.proved
+        def ours(when: str = when, now: Any = now, guesses: Any = guesses) -> Answered:
+            if when == "before":
+                caches[:] = [probe_cache(model, asked, layer, config, 0)]
+            answers = ask(now, now.edits, asked, guesses, config.row_length, kept=caches[0])
+            return verdicts(answers.tokens, answers.full), answers.proved
 
         put(torch, reference, dict(now.edits))
         rows.append(compare("demo model" if folder is None else "model", when, ours, theirs, repeats))
@@ -206,11 +222,15 @@ def random_case(
     edited = memorize(spec, weights, mesh, corpus, layer, epochs)
     unedited = {n: take_tensor(spec, weights, n) for n in edited}
 
+    caches: list[ProbeCache] = []
     rows = []
     for when, now in (("before", unedited), ("after", edited)):
 
-        def ours(now: Any = now) -> Answered:
-            return answer(spec, weights, now, prompts, guesses, NEW_TOKENS, stop, mesh)
+        def ours(when: str = when, now: Any = now) -> Answered:
+            if when == "before":
+                caches[:] = [ProbeCache(layer, "device")]
+            reader = Reader(spec, weights, now, mesh)
+            return answer(reader, prompts, guesses, NEW_TOKENS, stop, kept=caches[0])
 
         def theirs() -> list[list[int]]:
             return torch_answers(torch, reference, prompts, stop, device)

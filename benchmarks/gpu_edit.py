@@ -88,7 +88,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
         "epoch_seconds": (total - prefix) / args.epochs,
         "compile_seconds": max(0.0, first - prefix - (total - prefix) / args.epochs),
         "tflops": flops / (total - prefix) / 1e12,
-        "slots_filled": int(corpus.lengths.sum()) / slots,
+        "slots_filled": int(corpus.read_lengths.sum()) / slots,
         "peak_gib": peak_gib(),
         "peak_gib_making_weights": after_weights,
         "losses": [losses[0], losses[-1]],

@@ -22,6 +22,8 @@ from locft_jax.editing.checkpoint import Checkpoints
 from locft_jax.editing.pipeline import StepRecord
 from locft_jax.editing.preserve import check_preserve, retained_texts, told
 from locft_jax.editing.run import choose_site, encode_requests, run_edit
+from locft_jax.editing.site import first_layer
+from locft_jax.evaluation.answers import ProbeCache
 from locft_jax.evaluation.metrics import make_probes, unreachable
 from locft_jax.evaluation.run import (
     Answers,
@@ -30,10 +32,12 @@ from locft_jax.evaluation.run import (
     ask,
     by_batch,
     counts,
+    differing_share,
     figures,
     later_guesses,
     predictions,
     prepare,
+    probe_cache,
 )
 from locft_jax.model.delta import Delta, make_delta
 from locft_jax.model.hf import Model, to_checkpoint_dtype
@@ -93,7 +97,7 @@ def edit(
     retained = retained_texts(config, data.requests)
     seconds: dict[str, float | None] = dict.fromkeys(("load", "before", "edit", "after", "export"))
 
-    asked = before = after = None
+    asked = before = after = cache = None
     if config.evaluate:
         probes = make_probes(data.requests, config.eval_sample, config.seed)
         asked = prepare(model, probes, capability, config.chat_template)
@@ -104,7 +108,8 @@ def edit(
         if kept:
             before, seconds["before"] = Answers(**kept["answers"]), kept["seconds"]
         else:
-            before = _ask(model, unedited, asked, None, config, "before", seconds, show)
+            cache = probe_cache(model, asked, first_layer(model.spec, site), config, len(corpus.tokens))
+            before = _ask(model, unedited, asked, None, config, "before", seconds, show, cache)
             if checkpoints is not None:
                 kept = {"answers": dataclasses.asdict(before), "seconds": seconds["before"]}
                 checkpoints.keep_before(kept)
@@ -128,8 +133,12 @@ def edit(
     edited = model.with_edits(done.tensors)
     if asked is not None and before is not None:
         guesses = later_guesses(asked, before)
-        after = _ask(model, edited.edits, asked, guesses, config, "after", seconds, show)
+        after = _ask(model, edited.edits, asked, guesses, config, "after", seconds, show, cache)
     report = _report(model, config, data, site, done, asked, before, after, seconds)
+    if asked is not None and after is not None:
+        report["evaluation_differs"] = differing_share(
+            model, edited.edits, asked, after, config.row_length, config.seed
+        )
     delta = make_delta(
         model.checkpoint,
         {**to_checkpoint_dtype(model.checkpoint, model.edits), **done.tensors},
@@ -173,13 +182,16 @@ def evaluate(
         model, make_probes(data.requests, config.eval_sample, config.seed), capability, config.chat_template
     )
     seconds: dict[str, float | None] = {}
-    answers = _ask(model, model.edits, asked, None, config, "evaluating", seconds, show)
+    answers = _ask(model, model.edits, asked, None, config, "evaluating", seconds, show, None)
     report = {
         "edits": len(data.requests),
         "figures": figures(asked, answers),
         "probes": counts(asked),
         "unreachable_targets": sum(unreachable(r.target_new) for r in data.requests),
         "proved_by_one_pass": answers.proved,
+        "evaluation_differs": differing_share(
+            model, model.edits, asked, answers, config.row_length, config.seed
+        ),
         "seconds": seconds["evaluating"],
     }
     return report, predictions(asked, None, answers)
@@ -194,10 +206,11 @@ def _ask(
     label: str,
     seconds: dict[str, float | None],
     show: bool,
+    cache: ProbeCache | None,
 ) -> Answers:
     begin = time.monotonic()
     with Bar(label, len(asked.probes), show) as bar:
-        answers = ask(model, edits, asked, guesses, config.row_length, bar.advance)
+        answers = ask(model, edits, asked, guesses, config.row_length, bar.advance, cache)
     seconds[label] = time.monotonic() - begin
     return answers
 
@@ -247,6 +260,7 @@ def _report(
         "mesh": dict(model.mesh.shape),
         "dtype": str(model.dtype),
         "prefix_cache": done.prefix_cache,
+        "evaluation_differs": None,
         "seed": config.seed,
         "versions": versions(),
         "config": json.loads(json.dumps(config_to_dict(config))),

@@ -18,6 +18,7 @@ from locft_jax.config import Config, load_config
 from locft_jax.data.tokens import check_prompts, prompt_ids
 from locft_jax.errors import UserError
 from locft_jax.evaluation.answers import answer
+from locft_jax.evaluation.generate import Reader
 from locft_jax.evaluation.metrics import NEW_TOKENS, cut, stop_tables
 from locft_jax.evaluation.report import plain
 from locft_jax.model.delta import check_delta, load_delta
@@ -106,9 +107,8 @@ def answers(
 ) -> tuple[list[str], list[list[int]]]:
     """Texts by the official stop rule, and token ids. `guesses` only decide how fast that is."""
     stop, _ = stop_tables(model.tokenizer, model.spec.vocab_size, model.eos)
-    tokens, _ = answer(
-        model.spec, model.weights, model.edits, ids, guesses, new_tokens, stop, model.mesh, row_length
-    )
+    reader = Reader(model.spec, model.weights, model.edits, model.mesh, row_length)
+    tokens, _ = answer(reader, ids, guesses, new_tokens, stop)
     return [cut(t) for t in model.tokenizer.batch_decode(tokens, skip_special_tokens=True)], tokens
 
 

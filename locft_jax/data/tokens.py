@@ -33,6 +33,11 @@ class Corpus:
         return np.diff(self.offsets)
 
     @property
+    def read_lengths(self) -> np.ndarray:
+        """Tokens that are read: the last one of a text is only ever predicted."""
+        return self.lengths - 1
+
+    @property
     def target_lengths(self) -> np.ndarray:
         return self.lengths - self.target_start
 
@@ -250,6 +255,13 @@ def assign_rows(lengths: np.ndarray, row_length: int, rows: int) -> np.ndarray |
     return row
 
 
+def few_sizes(size: int, least: int = 1, bits: int = 3) -> int:
+    """`size` rounded up to so many significant bits (3: at most a quarter too large): few shapes."""
+    size = max(size, least)
+    unit = 1 << max(0, size.bit_length() - bits)
+    return -(-size // unit) * unit
+
+
 def rows_needed(lengths: np.ndarray, row_length: int) -> int:
     """The smallest number of rows that best-fit-decreasing packing reaches."""
     rows = max(1, -(-int(lengths.sum()) // row_length))
@@ -262,9 +274,9 @@ def pack(corpus: Corpus, which: np.ndarray, shape: Shape, average: str = "exampl
     """Examples `which` [n] of the corpus packed into one batch of a fixed shape, or None when they
     do not fit it. `average`: `example` weighs every example 1 / n, `token` every target token
     alike (method.md, Training)."""
-    lengths, starts = corpus.lengths[which], corpus.target_start[which]
+    lengths, starts = corpus.read_lengths[which], corpus.target_start[which]
     row = assign_rows(lengths, shape.length, shape.rows)
-    counts = lengths - starts
+    counts = corpus.target_lengths[which]
     if row is None or counts.sum() > shape.targets:
         return None
     # Position of every token: examples of one row follow each other in the order of `which`.
@@ -323,14 +335,14 @@ def pack(corpus: Corpus, which: np.ndarray, shape: Shape, average: str = "exampl
 
 def fit_shape(corpus: Corpus, batches: Sequence[np.ndarray], row_length: int, multiple: int = 1) -> Shape:
     """The smallest shape (rows a multiple of `multiple`) that holds every one of `batches`."""
-    longest = int(corpus.lengths.max())
+    longest = int(corpus.read_lengths.max())
     length = max(row_length, -(-longest // 8) * 8)
-    rows = max(rows_needed(corpus.lengths[b], length) for b in batches)
+    rows = max(rows_needed(corpus.read_lengths[b], length) for b in batches)
     rows = -(-rows // multiple) * multiple
     targets = max(int(corpus.target_lengths[b].sum()) for b in batches)
     widest = 1
     for b in batches:
-        row = assign_rows(corpus.lengths[b], length, rows)
+        row = assign_rows(corpus.read_lengths[b], length, rows)
         assert row is not None
         widest = max(widest, int(np.bincount(row, corpus.target_lengths[b]).max()))
     return Shape(rows, length, -(-targets // 16) * 16, min(length, -(-widest // 8) * 8))
@@ -347,23 +359,25 @@ def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> Iterato
 def even_rows(corpus: Corpus, row_length: int, most: int, multiple: int = 1) -> tuple[int, int]:
     """(length, rows) of the batches of a pass that reads all examples once: at most about `most` rows
     each, about equally many, a multiple of `multiple`."""
-    length = max(row_length, -(-int(corpus.lengths.max()) // 8) * 8)
+    length = max(row_length, -(-int(corpus.read_lengths.max()) // 8) * 8)
     needed = (
-        rows_needed(corpus.lengths, length) if len(corpus) < 1024 else -(-int(corpus.lengths.sum()) // length)
+        rows_needed(corpus.read_lengths, length)
+        if len(corpus) < 1024
+        else -(-int(corpus.read_lengths.sum()) // length)
     )
-    rows = -(-needed // -(-needed // most))
+    rows = few_sizes(-(-needed // -(-needed // most)))
     return length, -(-rows // multiple) * multiple
 
 
 def sequential_batches(corpus: Corpus, rows: int, length: int) -> Iterator[np.ndarray]:
     """Every example once, by length, as many a batch as `rows` rows of `length` tokens hold."""
-    order = np.argsort(-corpus.lengths, kind="stable")
-    ends = np.cumsum(corpus.lengths[order])
+    order = np.argsort(-corpus.read_lengths, kind="stable")
+    ends = np.cumsum(corpus.read_lengths[order])
     start = 0
     while start < len(order):
         used = ends[start - 1] if start else 0
         n = int(np.searchsorted(ends, used + rows * length, "right")) - start
-        while assign_rows(corpus.lengths[order[start : start + n]], length, rows) is None:
+        while assign_rows(corpus.read_lengths[order[start : start + n]], length, rows) is None:
             n -= max(1, n // 64)
         yield order[start : start + n]
         start += n

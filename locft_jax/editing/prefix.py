@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -77,6 +76,20 @@ def prefix_pass(
     return decoder.run_layers(spec, weights, base, x, rows, 0, stop)
 
 
+def empty_values(mode: str, shape: tuple[int, int], dtype: Any, folder: Path | None = None) -> np.ndarray:
+    """Room for a cache of activations [total, D], zeros; on disk: an unnamed file in `folder`."""
+    if mode != "disk":
+        return np.zeros(shape, dtype)
+    # The file is unlinked while open: it can never be left behind.
+    with tempfile.TemporaryFile(dir=folder) as f:
+        return np.memmap(f, dtype, "w+", shape=shape)
+
+
+def filled_source(values: np.ndarray, layer: int, mode: str, mesh: Mesh) -> Source:
+    """What `empty_values` gave, with activations in it, where `mode` wants it."""
+    return Source(jax.device_put(values, replicated(mesh)) if mode == "device" else values, layer, mode)
+
+
 def cached_source(
     spec: ModelSpec,
     weights: Weights,
@@ -90,18 +103,11 @@ def cached_source(
     base: Edits = {},  # noqa: B006 (never written to)
 ) -> Source:
     """Run every example once through the layers below `layer` and keep what comes out, in corpus
-    order. `mode` as `choose_mode` returned it; a disk cache is an unnamed file in `folder`; `base`:
-    edits that the model already carries."""
+    order (zeros at the last tokens, which no batch reads). `mode` as `choose_mode` returned it; a disk
+    cache is an unnamed file in `folder`; `base`: edits that the model already carries."""
     if mode == "off":
         return token_source(corpus, mesh)
-    dtype = weights["embed"].dtype
-    size = (len(corpus.tokens), spec.d_model)
-    if mode == "disk":
-        # The file is unlinked while open: it can never be left behind.
-        with tempfile.TemporaryFile(dir=folder) as f:
-            values: Any = np.memmap(f, dtype, "w+", shape=size)
-    else:
-        values = np.empty(size, dtype)
+    values = empty_values(mode, (len(corpus.tokens), spec.d_model), weights["embed"].dtype, folder)
     length, rows = even_rows(corpus, row_length, most_rows, mesh.shape["data"])
     for which in sequential_batches(corpus, rows, length):
         batch = pack(corpus, which, dataclasses.replace(fit_shape(corpus, [which], length), rows=rows))
@@ -110,6 +116,4 @@ def cached_source(
         out = np.asarray(prefix_pass(spec, layer, weights, base, ids, batch.rows))
         used = batch.rows.segments > 0
         values[batch.index[used]] = out[used]
-    if mode == "device":
-        values = jax.device_put(jnp.asarray(values), replicated(mesh))
-    return Source(values, layer, mode)
+    return filled_source(values, layer, mode, mesh)

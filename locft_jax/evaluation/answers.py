@@ -2,117 +2,243 @@
 
 A greedy answer equals a guess when every token of the guess is the arg-max given the ones before
 it, and a stop token follows. For edited prompts the guess is the target; for prompts that should
-not change it is the answer before the edit. In float32 the answers are those of decoding all.
+not change it is the answer before the edit. Where a guess goes wrong the pass has shown the right
+token, and decoding goes on from there. In float32 the answers are those of decoding all.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from locft_jax.data.tokens import (
     Batch,
     Corpus,
     corpus_from_lists,
     even_rows,
+    few_sizes,
     fit_shape,
     pack,
     sequential_batches,
 )
 from locft_jax.editing.pipeline import place_batch
+from locft_jax.editing.prefix import Source, empty_values, filled_source, token_source
 from locft_jax.editing.step import target_logits
-from locft_jax.evaluation.generate import ended, generate
+from locft_jax.evaluation.generate import MOST, Pool, Reader, read_batch
+from locft_jax.model import decoder
 from locft_jax.model.sharding import replicated
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights
 
-ROWS = 32
+ROWS = 32  # packed rows of a pass
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def score_batch(
-    spec: ModelSpec, weights: Weights, edits: Edits, tokens: jax.Array, batch: Batch
+    spec: ModelSpec, layer: int, weights: Weights, edits: Edits, source: jax.Array, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
-    """At each target: (arg-max id [M], log-probability of the label [M] float32)."""
-    scores = target_logits(spec, 0, weights, edits, tokens, batch)
+    """At each target: (arg-max id [M], log-probability of the label [M] float32). `source` enters
+    `layer`: token ids at layer 0, else activations."""
+    scores = target_logits(spec, layer, weights, edits, source, batch)
     label = jnp.take_along_axis(scores, batch.labels[:, None], axis=-1)[:, 0]
-    return jnp.argmax(scores, -1), label - jax.nn.logsumexp(scores, -1)
+    return decoder.best_token(scores), label - jax.nn.logsumexp(scores, -1)
+
+
+def packed(corpus: Corpus, which: np.ndarray, reader: Reader) -> Iterator[tuple[np.ndarray, Batch, bool]]:
+    """The examples `which` in packed batches of one shape, longest first: (those in it, batch, whether
+    it is the last)."""
+    part = corpus.take(which)
+    length, rows = even_rows(part, reader.row_length, ROWS, reader.mesh.shape["data"])
+    chunks = [which[c] for c in sequential_batches(part, rows, length)]
+    fit = fit_shape(corpus, chunks, length)
+    sizes = {"targets": few_sizes(fit.targets), "row_targets": few_sizes(fit.row_targets)}
+    shape = dataclasses.replace(fit, rows=rows, **sizes)
+    for chunk in chunks:
+        batch = pack(corpus, chunk, shape)
+        assert batch is not None, "fit_shape saw every batch"
+        yield chunk, batch, chunk is chunks[-1]
+
+
+def by_example(batch: Batch, values: jax.Array) -> list[np.ndarray]:
+    """Values [M] at a batch's targets -> those of each of its examples."""
+    used = batch.example >= 0
+    return np.split(np.asarray(values)[used], np.flatnonzero(np.diff(batch.example[used])) + 1)
 
 
 def score_corpus(
-    spec: ModelSpec,
-    weights: Weights,
-    edits: Edits,
-    corpus: Corpus,
-    mesh: Mesh,
-    row_length: int,
-    on_done: Callable[[int], None] = lambda count: None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """`score_batch` over all N examples: arg-max and log-probability of every target token, flat in
-    corpus order [sum of target lengths]."""
-    total = int(corpus.target_lengths.sum())
-    begin = np.concatenate([[0], np.cumsum(corpus.target_lengths)])
-    best, logprob = np.zeros(total, np.int32), np.zeros(total, np.float32)
-    if not len(corpus):
-        return best, logprob
-    length, rows = even_rows(corpus, row_length, ROWS, mesh.shape["data"])
-    chunks = list(sequential_batches(corpus, rows, length))
-    shape = dataclasses.replace(fit_shape(corpus, chunks, length), rows=rows)
-    source = jax.device_put(corpus.tokens, replicated(mesh))
-    for which in chunks:
-        batch = pack(corpus, which, shape)
-        assert batch is not None, "fit_shape saw every batch"
-        got = score_batch(spec, weights, edits, source, place_batch(batch, mesh))
-        used = batch.example >= 0
-        of = batch.example[used]
-        nth = np.arange(len(of)) - np.searchsorted(of, of)  # targets of an example stand together
-        place = begin[which[of]] + nth
-        best[place], logprob[place] = np.asarray(got[0])[used], np.asarray(got[1])[used]
-        on_done(len(which))
-    return best, logprob
+    reader: Reader, corpus: Corpus, source: Source | None = None, which: np.ndarray | None = None
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(number, arg-max and log-probability of each target token) of the examples `which` (default:
+    all), in any order. `source`: activations of the corpus (default: its tokens)."""
+    which = np.arange(len(corpus)) if which is None else which
+    if not len(which):
+        return
+    source = source or token_source(corpus, reader.mesh)
+    for chunk, batch, _ in packed(corpus, which, reader):
+        array, fed = source.feed(batch)
+        array = jax.device_put(array, replicated(reader.mesh))
+        best, logprob = score_batch(
+            reader.spec, source.layer, reader.weights, reader.edits, array, place_batch(fed, reader.mesh)
+        )
+        yield from zip(chunk.tolist(), by_example(batch, best), by_example(batch, logprob), strict=True)
+
+
+class ProbeCache:
+    """Activations of texts that were read once, entering `layer`: an edit at or above it changes none
+    of them. The first `answer` that is given an empty one fills it, later ones read it."""
+
+    def __init__(self, layer: int, mode: str) -> None:
+        self.layer, self.mode = layer, mode  # as `choose_mode` returned it
+        self.corpus: Corpus | None = None
+        self.source: Source | None = None
+        self.numbers: dict[bytes, int] = {}  # text -> example
+
+
+@dataclasses.dataclass(frozen=True)
+class _Questions:
+    """What is known of every answer, and how it may go on."""
+
+    prompts: Sequence[Sequence[int]]
+    answers: list[list[int]]
+    drafts: list[list[int]]
+    proved: list[bool | None]  # by the first pass that read it, None before
+    new_tokens: int
+    stop: np.ndarray
+
+    def open(self, which: Sequence[int]) -> list[int]:
+        """Those of `which` whose answer is not complete."""
+        return [i for i in which if not self.done(i)]
+
+    def done(self, i: int) -> bool:
+        answer = self.answers[i]
+        return len(answer) >= self.new_tokens or (len(answer) > 0 and bool(self.stop[answer[-1]]))
+
+    def texts(self, which: Sequence[int]) -> Corpus:
+        """What a pass reads: prompt, what is known, the draft, and an open end where more may follow."""
+        heads = [[*self.prompts[i], *self.answers[i]] for i in which]
+        rooms = [self.new_tokens - len(self.answers[i]) - len(self.drafts[i]) for i in which]
+        parts = [[*h, *self.drafts[i], *[0][:r]] for h, i, r in zip(heads, which, rooms, strict=True)]
+        return corpus_from_lists(parts, [len(h) for h in heads])
+
+    def accept(self, i: int, best: Sequence[int]) -> None:
+        """Up to and including the first token that differs, the arg-max is what the model says."""
+        draft = self.drafts[i]
+        right = next((n for n, (a, b) in enumerate(zip(best, draft, strict=False)) if a != b), len(draft))
+        self.answers[i].extend(best[: right + 1])
+        draft.clear()
+        if self.proved[i] is None:
+            self.proved[i] = self.done(i)
 
 
 def answer(
-    spec: ModelSpec,
-    weights: Weights,
-    edits: Edits,
+    reader: Reader,
     prompts: Sequence[Sequence[int]],
     guesses: Sequence[Sequence[int]],
     new_tokens: int,
     stop: np.ndarray,
-    mesh: Mesh,
-    row_length: int = 128,
     on_done: Callable[[int], None] = lambda count: None,
+    known: Sequence[Sequence[int]] | None = None,
+    kept: ProbeCache | None = None,
 ) -> tuple[list[list[int]], int]:
-    """Greedy answers (token ids, the stop token included) to `prompts`, and how many of them the
-    pass over `guesses` proved. `stop` [V] bool."""
-    cut = [_until_stop(g, stop)[:new_tokens] for g in guesses]
-    open_end = np.asarray([len(g) < new_tokens for g in cut], bool)
-    parts = [[*p, *g, *([0] if o else [])] for p, g, o in zip(prompts, cut, open_end, strict=True)]
-    corpus = corpus_from_lists(parts, [len(p) for p in prompts])
-    best, _ = score_corpus(spec, weights, edits, corpus, mesh, row_length)
-    answers: list[list[int]] = []
-    begin = np.concatenate([[0], np.cumsum(corpus.target_lengths)])
-    missed = []
-    for i, guess in enumerate(cut):
-        # Up to and including the first token that differs, the arg-max is what the model says.
-        got = best[begin[i] : begin[i + 1]].tolist()
-        right = next((n for n, (a, b) in enumerate(zip(got, guess, strict=False)) if a != b), len(guess))
-        answers.append(got[: right + 1])
-        if not ended(answers[i], stop, new_tokens):
-            missed.append(i)
-    on_done(len(prompts) - len(missed))
-    known = [answers[i] for i in missed]
-    decoded = generate(
-        spec, weights, edits, [prompts[i] for i in missed], new_tokens, stop, mesh, known, on_done
-    )
-    for i, tokens in zip(missed, decoded, strict=True):
-        answers[i] = tokens
-    return answers, len(prompts) - len(missed)
+    """Greedy answers (token ids, the stop token included) to `prompts`, and how many of them one pass
+    over `guesses` proved. `stop` [V] bool; `known`: how each answer is already known to begin (its
+    guess says how it goes on). `guesses` and `kept` decide how fast that is, never what is answered."""
+    answers = [list(a) for a in known] if known is not None else [[] for _ in prompts]
+    room = [max(0, new_tokens - len(a)) for a in answers]
+    drafts = [_until_stop(g, stop)[:r] for g, r in zip(guesses, room, strict=True)]
+    asked = _Questions(prompts, answers, drafts, [None] * len(prompts), new_tokens, stop)
+    first: dict[tuple[int, ...], int] = {}
+    same = [
+        first.setdefault((len(p), *p, *a), i) for i, (p, a) in enumerate(zip(prompts, answers, strict=True))
+    ]
+    times = np.bincount(same, minlength=len(prompts))  # equal questions are asked once
+
+    def report(which: Sequence[int]) -> list[int]:
+        """Count those of `which` that are complete; the others."""
+        left = asked.open(which)
+        on_done(int(times[list(which)].sum() - times[left].sum()))
+        return left
+
+    todo = report(list(first.values()))
+    if kept is not None and kept.source is not None and kept.corpus is not None:
+        numbers = [kept.numbers.get(key) for key in _keys(asked.texts(todo))]
+        met = {n: i for n, i in zip(numbers, todo, strict=True) if n is not None}
+        for n, best, _ in score_corpus(reader, kept.corpus, kept.source, np.asarray(list(met), np.int64)):
+            asked.accept(met[n], best.tolist())
+            report([met[n]])
+        todo = asked.open(todo)
+    if todo:
+        for i in _read(reader, asked, todo, kept):
+            report([i])
+    return [answers[i] for i in same], sum(bool(asked.proved[i]) for i in same)
+
+
+def _read(reader: Reader, asked: _Questions, todo: Sequence[int], kept: ProbeCache | None) -> Iterator[int]:
+    """One pass over all of `todo`, and decoding of what it leaves open: yields each when it is done."""
+    spec, mesh, corpus = reader.spec, reader.mesh, asked.texts(todo)
+    layer = kept.layer if kept is not None else 0
+    fill = kept if kept is not None and kept.corpus is None else None
+    if fill is not None:
+        fill.corpus, fill.numbers = corpus, {key: n for n, key in enumerate(_keys(corpus))}
+        values = empty_values(fill.mode, (len(corpus.tokens), spec.d_model), reader.weights["embed"].dtype)
+    tokens = jax.device_put(corpus.tokens, replicated(mesh))
+    pool, unread = None, len(corpus)
+
+    def settle(decoded: Iterator[tuple[int, list[int]]]) -> Iterator[int]:
+        for i, more in decoded:
+            asked.answers[i].extend(more)
+            yield i
+
+    for chunk, batch, _ in packed(corpus, np.arange(len(corpus)), reader):
+        best, entering, cache = read_batch(
+            spec, layer, reader.weights, reader.edits, tokens, place_batch(batch, mesh)
+        )
+        used = np.flatnonzero(batch.rows.segments)
+        if fill is not None:
+            values[batch.index.reshape(-1)[used]] = np.asarray(entering).reshape(-1, spec.d_model)[used]
+        for n, got in zip(chunk, by_example(batch, best), strict=True):
+            asked.accept(todo[n], got.tolist())
+        yield from (i for i in (todo[n] for n in chunk) if asked.done(i))
+        live = [n for n in chunk if not asked.done(todo[n])]
+        unread -= len(chunk)
+        if not live:
+            continue
+        where = np.zeros(len(corpus.tokens), np.int32)
+        where[batch.index.reshape(-1)[used]] = used
+        texts = [[*asked.prompts[todo[n]], *asked.answers[todo[n]]] for n in live]
+        slots = few_sizes(int(corpus.lengths[chunk].max()), 32, 1)
+        if pool is not None and slots < pool.slots:  # longest first
+            yield from settle(pool.finish())
+            pool = None
+        if pool is None:
+            # One token less than an answer: the pass has shown the first.
+            rows = min(MOST, len(live) + unread)
+            pool = Pool(reader, rows, slots, asked.new_tokens - 1, asked.stop)
+        yield from settle(
+            pool.add(
+                cache,
+                [todo[n] for n in live],
+                [where[corpus.offsets[n] :][: len(t) - 1] for n, t in zip(live, texts, strict=True)],
+                [t[-1] for t in texts],
+                [asked.new_tokens - len(asked.answers[todo[n]]) for n in live],
+            )
+        )
+    if pool is not None:
+        yield from settle(pool.finish())
+    if fill is not None:
+        fill.source = filled_source(values, fill.layer, fill.mode, mesh)
+
+
+def _keys(corpus: Corpus) -> list[bytes]:
+    """What tells the texts of a corpus apart: their tokens, and where their targets begin."""
+    texts = np.split(corpus.tokens, corpus.offsets[1:-1])
+    return [
+        bytes([*int(s).to_bytes(4, "little"), *t.tobytes()])
+        for s, t in zip(corpus.target_start, texts, strict=True)
+    ]
 
 
 def _until_stop(guess: Sequence[int], stop: np.ndarray) -> list[int]:

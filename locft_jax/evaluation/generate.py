@@ -1,157 +1,258 @@
-"""Greedy decoding with a KV cache, in length-sorted batches of few fixed shapes.
+"""Greedy decoding with a KV cache, in a pool of rows.
 
-Letters as in decoder.py; C = cache length = longest prompt + new tokens. Prompts are padded on the
-left, so that every row's next token goes to the same slot of the cache.
+A packed pass reads texts and keeps their keys and values. Each text that is to go on takes a row of the
+pool, and gives it to another when it is done, so that few rows are there for nothing. Shapes are few.
+
+Letters as in decoder.py; R rows of the pool, P slots of a row for what was read, N for what is new.
+The new slots are a ring: in every step all rows write to the same one, and none needs more than N.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from locft_jax.data.tokens import Batch, few_sizes
 from locft_jax.model import decoder
-from locft_jax.model.sharding import replicated, rows_sharding
+from locft_jax.model.sharding import cache_sharding, replicated
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights
 
-BATCH = 256  # rows of a full batch
-ROWS = 16  # batches have a multiple of this many rows
-BUCKET = 16  # prompts are padded to a multiple of this many tokens
-FIRST_ROUND = 8  # most answers are short: rows that are done after so many tokens leave the batch
-
-Cache = jax.Array  # [L, 2, B, C, K, H]: keys and values
+MOST = 256  # rows of a full pool
+LEAST = 16  # rows of the smallest: a smaller one is no faster, its time is that of reading the weights
 
 
-def _forward(
-    spec: ModelSpec,
-    weights: Weights,
-    edits: Edits,
-    tokens: jax.Array,
-    pads: jax.Array,
-    slot: jax.Array,
-    cache: Cache,
-) -> tuple[jax.Array, Cache]:
-    """Run tokens [B, T] that stand at cache slots slot..slot+T-1 of rows with `pads` [B] padding slots:
-    the last layer's output [B, T, D] and the cache with their keys and values."""
-    slots = slot + jnp.arange(tokens.shape[1])
-    positions = jnp.maximum(slots - pads[:, None], 0)  # [B, T]
-    keys = jnp.arange(cache.shape[3])
-    distance = slots[:, None] - keys  # [T, C]
-    seen = (distance >= 0) & (keys >= pads[:, None, None])  # [B, T, C]
-    windows = decoder.windows(spec)
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """The model that is asked, with its edits, and how long the packed rows of its passes are."""
 
-    def body(
-        w: dict[str, jax.Array], layer: jax.Array, carry: tuple[jax.Array, Cache]
-    ) -> tuple[jax.Array, Cache]:
-        x, cache = carry
-        h = decoder.rms_norm(x, w["attn_norm"], spec.rms_eps)
-        new = jnp.stack(decoder.keys_values(spec, w, h, positions))[None]  # [1, 2, B, T, K, H]
-        cache = jax.lax.dynamic_update_slice(cache, new, (layer, 0, 0, slot, 0, 0))
-        k, v = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
-        mask = seen & (distance < windows[layer])
-        out = decoder.attention(decoder.queries(spec, w, h, positions), k, v, mask)
-        return decoder.mlp(spec, w, x + decoder.linear(out, w["o"])), cache
+    spec: ModelSpec
+    weights: Weights
+    edits: Edits
+    mesh: Mesh
+    row_length: int = 128
 
-    x = decoder.embed(spec, weights, edits, tokens)
-    return decoder.fold_layers(spec, weights, edits, body, (x, cache), 0, spec.n_layers)
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The pool on the device. A text ends at slot P of its row; its last token is not in the cache yet."""
+
+    keys: Any  # [L, R, K, H, P + N]: as the product with one query a row reads them, without a copy
+    values: Any  # [L, R, K, P + N, H]
+    pads: Any  # [R] int32: slots before the text begins
+    begun: Any  # [R] int32: the step at which it came
+    left: Any  # [R] int32: how many more tokens are allowed; 0: done, the row is free
+    made: Any  # [R] int32: how many were made
+    token: Any  # [R] int32: the last one
+    said: Any  # [R, N] int32: those that were made; step s is at s % N
+    step: Any  # int32
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def decode_batch(
-    spec: ModelSpec,
-    new_tokens: int,
-    weights: Weights,
-    edits: Edits,
-    tokens: jax.Array,
+def read_batch(
+    spec: ModelSpec, layer: int, weights: Weights, edits: Edits, tokens: jax.Array, batch: Batch
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+    """One pass over packed texts, `batch` into the flat ids `tokens`: (arg-max at each target [M],
+    what enters `layer` [B, T, D], keys and values [L, B, T, K, H] each)."""
+    batch_size, time = batch.index.shape
+    shape = (spec.n_layers, batch_size, time, spec.n_kv_heads, spec.head_dim)
+    empty = jnp.zeros(shape, weights["embed"].dtype)
+    windows, last = decoder.windows(spec), spec.n_layers - 1
+
+    def keep(layer: Any, carry: tuple, x: jax.Array, new: decoder.KeysValues) -> tuple:
+        put = lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, layer, 0)  # noqa: E731
+        return x, *(put(a, b) for a, b in zip(carry[1:], new, strict=True))
+
+    def body(w: dict[str, jax.Array], l: Any, carry: tuple) -> tuple:
+        return keep(l, carry, *decoder.block(spec, w, carry[0], batch.rows, windows[l]))
+
+    def end(w: dict[str, jax.Array], l: Any, carry: tuple) -> tuple:
+        return keep(l, carry, *decoder.last_block(spec, w, carry[0], batch.rows, windows[l], batch.targets))
+
+    carry = (decoder.embed(spec, weights, edits, tokens[batch.index]), empty, empty)
+    carry = decoder.fold_layers(spec, weights, edits, body, carry, 0, layer)
+    entering = carry[0]
+    carry = decoder.fold_layers(spec, weights, edits, body, carry, layer, last)
+    x, *cache = decoder.fold_layers(spec, weights, edits, end, carry, last, last + 1)
+    best = decoder.best_token(decoder.head(spec, weights, edits, x))
+    return best, entering, (cache[0], cache[1])
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def admit(
+    pool: Rows,
+    cache: decoder.KeysValues,
+    rows: jax.Array,
+    places: jax.Array,
     pads: jax.Array,
-    stop: jax.Array,
-) -> jax.Array:
-    """Greedy continuation of left-padded prompts tokens [B, T], `pads` [B] (T: an unused row):
-    [B, new_tokens] ids, -1 after the first token in the stop set (stop [V] bool; it is kept)."""
-    batch, time = tokens.shape
-    shape = (spec.n_layers, 2, batch, time + new_tokens, spec.n_kv_heads, spec.head_dim)
-
-    def pick(x: jax.Array) -> jax.Array:
-        return jnp.argmax(decoder.head(spec, weights, edits, x[:, -1]), axis=-1).astype(jnp.int32)
-
-    x, cache = _forward(
-        spec, weights, edits, tokens, pads, jnp.int32(0), jnp.zeros(shape, weights["embed"].dtype)
+    left: jax.Array,
+    token: jax.Array,
+) -> Rows:
+    """Texts out of a pass into `rows` [A] (R: nowhere): `places` [A, P] of their tokens among its B * T
+    (any at padding)."""
+    layers, _, _, heads, width = cache[0].shape
+    keys, values = (a.reshape(layers, -1, heads, width)[:, places] for a in cache)  # [L, A, P, K, H]
+    slots = places.shape[1]
+    put = lambda a, b: a.at[rows].set(b, mode="drop")  # noqa: E731
+    return dataclasses.replace(
+        pool,
+        keys=pool.keys.at[:, rows, :, :, :slots].set(keys.transpose(0, 1, 3, 4, 2), mode="drop"),
+        values=pool.values.at[:, rows, :, :slots].set(values.swapaxes(2, 3), mode="drop"),
+        pads=put(pool.pads, pads),
+        begun=put(pool.begun, pool.step),
+        left=put(pool.left, left),
+        made=put(pool.made, 0),
+        token=put(pool.token, token),
     )
-    first = pick(x)
-    out = jnp.full((batch, new_tokens), -1, jnp.int32).at[:, 0].set(jnp.where(pads == time, -1, first))
-    done = stop[first] | (pads == time)
-
-    def more(carry: tuple) -> jax.Array:
-        n, _, done, _, _ = carry
-        return (n < new_tokens) & ~jnp.all(done)
-
-    def step(carry: tuple) -> tuple:
-        n, token, done, out, cache = carry
-        x, cache = _forward(spec, weights, edits, token[:, None], pads, time + n - 1, cache)
-        token = pick(x)
-        out = jax.lax.dynamic_update_slice(out, jnp.where(done, -1, token)[:, None], (0, n))
-        return n + 1, token, done | stop[token], out, cache
-
-    return jax.lax.while_loop(more, step, (jnp.int32(1), first, done, out, cache))[3]
 
 
-def generate(
-    spec: ModelSpec,
-    weights: Weights,
-    edits: Edits,
-    prompts: Sequence[Sequence[int]],
-    new_tokens: int,
-    stop: np.ndarray,
-    mesh: Mesh,
-    known: Sequence[Sequence[int]] | None = None,
-    on_done: Callable[[int], None] = lambda count: None,
-) -> list[list[int]]:
-    """Greedy answers, in the order of `prompts` (token ids); each ends with its stop token, or has
-    `new_tokens` tokens. `stop` [V] bool; `known`: how each answer is already known to begin. Equal
-    to transformers' `generate(do_sample=False)`."""
-    answers = [list(k) for k in known] if known is not None else [[] for _ in prompts]
-    stop_set = jax.device_put(stop, replicated(mesh))
-    for steps in (min(FIRST_ROUND, new_tokens), new_tokens):
-        open_rows = [i for i, a in enumerate(answers) if not ended(a, stop, new_tokens)]
-        open_rows.sort(key=lambda i: len(prompts[i]) + len(answers[i]))
-        # Batches of about equal size, so that no row is there for nothing.
-        size = -(-len(open_rows) // max(1, -(-len(open_rows) // BATCH)))
-        size = -(-size // ROWS) * ROWS
-        for start in range(0, len(open_rows), max(1, size)):
-            chosen = open_rows[start : start + size]
-            texts = [[*prompts[i], *answers[i]] for i in chosen]
-            out = _decode(spec, steps, weights, edits, texts, size, stop_set, mesh)
-            for i, row in zip(chosen, out, strict=True):
-                answers[i] = [*answers[i], *row[row >= 0].tolist()][:new_tokens]
-            on_done(sum(ended(answers[i], stop, new_tokens) for i in chosen))
-    return answers
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def decode(
+    spec: ModelSpec, weights: Weights, edits: Edits, pool: Rows, stop: jax.Array, enough: jax.Array
+) -> Rows:
+    """Greedy tokens until at most `enough` rows are left: a row ends with a token of the stop set
+    (`stop` [V] bool), or when no more are allowed."""
+    windows, ring = decoder.windows(spec), pool.said.shape[1]
+    read = pool.values.shape[3] - ring  # P
+
+    def more(s: Rows) -> jax.Array:
+        return jnp.sum(s.left > 0) > enough
+
+    def step(s: Rows) -> Rows:
+        age, here = (s.step - s.begun)[:, None], s.step % ring
+        positions = read - s.pads + age[:, 0]  # [R]
+        old, new = jnp.arange(read), (s.step - jnp.arange(ring)) % ring  # new: how many steps ago
+        distance = jnp.concatenate([read - old + age, jnp.broadcast_to(new, s.said.shape)], axis=1)
+        seen = jnp.concatenate([old >= s.pads[:, None], new <= age], axis=1)  # [R, P + N]
+
+        def body(w: dict[str, jax.Array], l: Any, carry: tuple) -> tuple:
+            x, keys, values = carry
+            h = decoder.rms_norm(x, w["attn_norm"], spec.rms_eps)
+            k, v = decoder.keys_values(spec, w, h, positions)
+            keys = jax.lax.dynamic_update_slice(keys, k[None, ..., None], (l, 0, 0, 0, read + here))
+            values = jax.lax.dynamic_update_slice(values, v[None, :, :, None], (l, 0, 0, read + here, 0))
+            own = lambda a: jax.lax.dynamic_index_in_dim(a, l, keepdims=False)  # noqa: E731
+            q = decoder.queries(spec, w, h, positions)
+            mask = seen & (distance < windows[l])
+            x = x + decoder.linear(attend(q, own(keys), own(values), mask), w["o"])
+            return decoder.mlp(spec, w, x), keys, values
+
+        x = decoder.embed(spec, weights, edits, s.token)  # [R, D]
+        carry = (x, s.keys, s.values)
+        x, keys, values = decoder.fold_layers(spec, weights, edits, body, carry, 0, spec.n_layers)
+        token = decoder.best_token(decoder.head(spec, weights, edits, x))
+        live = s.left > 0
+        said = jnp.where(live, token, jax.lax.dynamic_index_in_dim(s.said, here, 1, keepdims=False))
+        return dataclasses.replace(
+            s,
+            keys=keys,
+            values=values,
+            left=jnp.where(stop[token], 0, jnp.maximum(s.left - 1, 0)),
+            made=s.made + live,
+            token=token,
+            said=jax.lax.dynamic_update_slice(s.said, said[:, None], (0, here)),
+            step=s.step + 1,
+        )
+
+    return jax.lax.while_loop(more, step, pool)
 
 
-def ended(answer: Sequence[int], stop: np.ndarray, new_tokens: int) -> bool:
-    """Whether an answer is complete: it ends with a stop token (`stop` [V] bool), or is full."""
-    return len(answer) >= new_tokens or (len(answer) > 0 and bool(stop[answer[-1]]))
+def attend(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+    """One query a row: q [R, N, H], keys [R, K, H, C], values [R, K, C, H], mask [R, C] -> [R, N * H]."""
+    rows, heads, width = q.shape
+    q = q.reshape(rows, keys.shape[1], -1, width)
+    scores = jnp.einsum("rkgh,rkhc->rkgc", q, keys, preferred_element_type=jnp.float32) * width**-0.5
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    out = jnp.einsum("rkgc,rkch->rkgh", jax.nn.softmax(scores).astype(values.dtype), values)
+    return out.reshape(rows, heads * width)
 
 
-def _decode(
-    spec: ModelSpec,
-    steps: int,
-    weights: Weights,
-    edits: Edits,
-    texts: Sequence[Sequence[int]],
-    size: int,
-    stop: jax.Array,
-    mesh: Mesh,
-) -> np.ndarray:
-    """Pad texts to `size` rows of one of few lengths and decode `steps` tokens behind each:
-    [len(texts), steps]."""
-    time = -(-max(len(t) for t in texts) // BUCKET) * BUCKET
-    tokens, pads = np.zeros((size, time), np.int32), np.full(size, time, np.int32)
-    for row, text in enumerate(texts):
-        pads[row] = time - len(text)
-        tokens[row, pads[row] :] = text
-    place = functools.partial(jax.device_put, device=rows_sharding(mesh, size))
-    out = decode_batch(spec, steps, weights, edits, place(tokens), place(pads), stop)
-    return np.asarray(out)[: len(texts)]
+@jax.jit
+def keep_rows(pool: Rows, rows: jax.Array) -> Rows:
+    """The pool of `rows` [r] alone."""
+    kept = {name: getattr(pool, name)[rows] for name in ("pads", "begun", "left", "made", "token", "said")}
+    return Rows(keys=pool.keys[:, rows], values=pool.values[:, rows], step=pool.step, **kept)
+
+
+def _empty(reader: Reader, rows: int, slots: int, new_tokens: int) -> Rows:
+    """A pool with nobody in it."""
+    spec, mesh, dtype = reader.spec, reader.mesh, reader.weights["embed"].dtype
+    heads, width, length = spec.n_kv_heads, spec.head_dim, slots + new_tokens
+    cache, row = (cache_sharding(mesh, rows, heads, axis) for axis in (1, 0))
+    return Rows(
+        keys=jnp.zeros((spec.n_layers, rows, heads, width, length), dtype, device=cache),
+        values=jnp.zeros((spec.n_layers, rows, heads, length, width), dtype, device=cache),
+        **{n: jnp.zeros(rows, jnp.int32, device=row) for n in ("pads", "begun", "left", "made", "token")},
+        said=jnp.zeros((rows, new_tokens), jnp.int32, device=row),
+        step=jnp.zeros((), jnp.int32, device=replicated(mesh)),
+    )
+
+
+class Pool:
+    """Texts that are being continued. `add` takes what a pass has read, `finish` waits for all; both
+    yield (text, tokens) of those that got done."""
+
+    def __init__(self, reader: Reader, rows: int, slots: int, new_tokens: int, stop: np.ndarray) -> None:
+        self.reader, self.slots = reader, slots
+        self.stop = jax.device_put(stop, replicated(reader.mesh))
+        self.text = np.full(few_sizes(rows, LEAST), -1)  # of each row, -1: free
+        self.pool = _empty(reader, len(self.text), slots, new_tokens)
+
+    def add(
+        self,
+        cache: decoder.KeysValues,
+        texts: Sequence[int],
+        places: Sequence[np.ndarray],
+        tokens: Sequence[int],
+        room: Sequence[int],
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Number of each text, `places` of its tokens but the last among the cache's B * T, the last, and
+        how many more are allowed."""
+        each = max(1, len(self.text) // 4)
+        for start in range(0, len(texts), each):
+            which = range(start, min(start + each, len(texts)))
+            yield from self._run(len(self.text) - len(which))
+            rows, free = np.full(each, len(self.text), np.int32), np.flatnonzero(self.text < 0)
+            index, pads = np.zeros((each, self.slots), np.int32), np.full(each, self.slots, np.int32)
+            left, last = np.zeros(each, np.int32), np.zeros(each, np.int32)
+            for n, i in enumerate(which):
+                rows[n], pads[n], left[n], last[n] = free[n], self.slots - len(places[i]), room[i], tokens[i]
+                index[n, pads[n] :] = places[i]
+                self.text[free[n]] = texts[i]
+            self.pool = admit(self.pool, cache, *map(self._place, (rows, index, pads, left, last)))
+
+    def finish(self) -> Iterator[tuple[int, list[int]]]:
+        while (self.text >= 0).any():
+            live = np.flatnonzero(self.text >= 0)
+            size = few_sizes(len(live), LEAST, 1)
+            if 2 * size <= len(self.text):
+                idle = np.flatnonzero(self.text < 0)[: size - len(live)]
+                rows = np.concatenate([live, idle])
+                self.text, self.pool = (
+                    self.text[rows],
+                    keep_rows(self.pool, self._place(rows.astype(np.int32))),
+                )
+            yield from self._run(len(self.text) // 4 if len(self.text) > LEAST else 0)
+
+    def _place(self, a: np.ndarray | np.generic) -> jax.Array:
+        return jax.device_put(a, replicated(self.reader.mesh))
+
+    def _run(self, enough: int) -> Iterator[tuple[int, list[int]]]:
+        """Decode until at most `enough` rows are taken; free those that are done."""
+        if (self.text >= 0).sum() <= enough:
+            return
+        r = self.reader
+        self.pool = pool = decode(
+            r.spec, r.weights, r.edits, self.pool, self.stop, self._place(np.int32(enough))
+        )
+        left, made, begun, said = map(np.asarray, (pool.left, pool.made, pool.begun, pool.said))
+        for row in np.flatnonzero((self.text >= 0) & (left == 0)):
+            steps = (begun[row] + np.arange(made[row])) % said.shape[1]
+            yield int(self.text[row]), said[row, steps].tolist()
+            self.text[row] = -1

@@ -5,6 +5,7 @@ normalized exact match.
 """
 
 import dataclasses
+import functools
 import re
 import string
 from collections.abc import Sequence
@@ -69,9 +70,22 @@ def unreachable(target: str) -> bool:
     return not matches(cut(target.strip()), target)
 
 
+def may_match(begun: str, target: str) -> bool:
+    """Whether an answer that begins so can still come to match `target`, whatever follows."""
+    part = re.split(r"\s", begun)[-1]  # a word that may go on; those before it are what they are
+    words, goal = normalize(begun[: len(begun) - len(part)]).split(), normalize(target).split()
+    bare = "".join(c for c in part.lower() if c not in string.punctuation)
+    if words != goal[: len(words)]:
+        return False
+    if not part.isascii():  # what lower case and word boundaries will make of it is not known yet
+        return True
+    return any(word.startswith(bare) for word in (*goal[len(words) : len(words) + 1], "a", "an", "the"))
+
+
+@functools.lru_cache(maxsize=4)
 def stop_tables(tokenizer: Any, vocab_size: int, eos: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """(official, eos_only): which token ids end an answer, [V] bool each. A token whose text holds
-    a stop character ends it officially; the text is cut at that character."""
+    a stop character ends it officially; the text is cut at that character. Kept for the next call."""
     eos_only = np.zeros(vocab_size, bool)
     eos_only[[e for e in eos if e < vocab_size]] = True
     official = eos_only.copy()
@@ -79,6 +93,7 @@ def stop_tables(tokenizer: Any, vocab_size: int, eos: Sequence[int]) -> tuple[np
     texts = tokenizer.batch_decode([[i] for i in range(known)], skip_special_tokens=False)
     for i, text in enumerate(texts):
         official[i] |= any(c in text for c in STOP_CHARACTERS)
+    official.flags.writeable = eos_only.flags.writeable = False
     return official, eos_only
 
 

@@ -7,6 +7,7 @@ Everything takes `(weights, edits)`: `edits` maps HF tensor names to matrices th
 frozen ones, so an edited model is never a second copy of the weights.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights, split_edits
 
 Body = Callable[[dict[str, jax.Array], Any, Any], Any]
+KeysValues = tuple[jax.Array, jax.Array]  # [B, T, K, H] each
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -73,9 +75,7 @@ def queries(spec: ModelSpec, w: dict[str, jax.Array], x: jax.Array, positions: j
     return rotate(q, positions, rope_frequencies(spec))
 
 
-def keys_values(
-    spec: ModelSpec, w: dict[str, jax.Array], x: jax.Array, positions: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def keys_values(spec: ModelSpec, w: dict[str, jax.Array], x: jax.Array, positions: jax.Array) -> KeysValues:
     """Normed x [..., D] at positions [...] -> rotated keys and values, each [..., K, H]."""
     shape = (*x.shape[:-1], spec.n_kv_heads, spec.head_dim)
     k = linear(x, w["k"], w.get("k_bias")).reshape(shape)
@@ -104,13 +104,15 @@ def segment_mask(q_segments: jax.Array, q_positions: jax.Array, rows: Rows, wind
 
 
 @jax.named_scope("block")
-def block(spec: ModelSpec, w: dict[str, jax.Array], x: jax.Array, rows: Rows, window: jax.Array) -> jax.Array:
-    """One decoder layer on packed rows: x [B, T, D] -> [B, T, D]."""
+def block(
+    spec: ModelSpec, w: dict[str, jax.Array], x: jax.Array, rows: Rows, window: jax.Array
+) -> tuple[jax.Array, KeysValues]:
+    """One decoder layer on packed rows: x [B, T, D] -> [B, T, D], and its keys and values."""
     h = rms_norm(x, w["attn_norm"], spec.rms_eps)
     k, v = keys_values(spec, w, h, rows.positions)
     mask = segment_mask(rows.segments, rows.positions, rows, window)
     x = x + linear(attention(queries(spec, w, h, rows.positions), k, v, mask), w["o"])
-    return mlp(spec, w, x)
+    return mlp(spec, w, x), (k, v)
 
 
 @jax.named_scope("last_block")
@@ -121,8 +123,8 @@ def last_block(
     rows: Rows,
     window: jax.Array,
     targets: Targets,
-) -> jax.Array:
-    """The same layer where only M target positions are read: x [B, T, D] -> [M, D].
+) -> tuple[jax.Array, KeysValues]:
+    """The same layer where only M target positions are read: x [B, T, D] -> [M, D], keys and values.
 
     Keys and values need every position; query, output and MLP only the targets. Queries are laid
     out by row ([B, W]) for the attention itself and are flat ([M]) for every matrix product.
@@ -134,7 +136,7 @@ def last_block(
     mask = segment_mask(segments[targets.of_row], positions[targets.of_row], rows, window)
     attended = attention(q, k, v, mask)  # [B, W, N * H]
     attended = attended.reshape(-1, attended.shape[-1])[targets.slot]  # [M, N * H]
-    return mlp(spec, w, x.reshape(-1, spec.d_model)[targets.at] + linear(attended, w["o"]))
+    return mlp(spec, w, x.reshape(-1, spec.d_model)[targets.at] + linear(attended, w["o"])), (k, v)
 
 
 def fold_layers(
@@ -185,12 +187,22 @@ def head(spec: ModelSpec, weights: Weights, edits: Edits, x: jax.Array) -> jax.A
     return jnp.einsum("...d,vd->...v", x, w.get("head", w["embed"]), preferred_element_type=jnp.float32)
 
 
+def best_token(scores: jax.Array) -> jax.Array:
+    """The first arg-max of scores [..., V], int32. In two steps, the best of some blocks and its place in
+    that block: XLA's single pass for both costs as much on a CPU as the projection itself."""
+    blocks = math.gcd(scores.shape[-1], 64)
+    parts = scores.reshape(*scores.shape[:-1], blocks, -1)
+    block = jnp.argmax(jnp.max(parts, axis=-1), axis=-1)
+    part = jnp.take_along_axis(parts, block[..., None, None], axis=-2)[..., 0, :]
+    return (block * parts.shape[-1] + jnp.argmax(part, axis=-1)).astype(jnp.int32)
+
+
 def run_layers(
     spec: ModelSpec, weights: Weights, edits: Edits, x: jax.Array, rows: Rows, start: int, stop: int
 ) -> jax.Array:
     """Residual stream x [B, T, D] entering layer `start` -> entering layer `stop`."""
     window = windows(spec)
-    body = lambda w, l, x: block(spec, w, x, rows, window[l])  # noqa: E731
+    body = lambda w, l, x: block(spec, w, x, rows, window[l])[0]  # noqa: E731
     return fold_layers(spec, weights, edits, body, x, start, stop)
 
 
@@ -209,7 +221,7 @@ def hidden_at_targets(
     if start < last:
         x = run_layers(spec, weights, edits, x, rows, start, last)
     window = windows(spec)
-    body = lambda w, l, x: last_block(spec, w, x, rows, window[l], targets)  # noqa: E731
+    body = lambda w, l, x: last_block(spec, w, x, rows, window[l], targets)[0]  # noqa: E731
     return fold_layers(spec, weights, edits, body, x, last, last + 1)
 
 

@@ -46,9 +46,12 @@ def tensor_spec(mesh: Mesh | AbstractMesh, spec: ModelSpec, row: Row, stacked: b
     # Splitting inside a head would split its rotary pairs: heads are split whole or not at all.
     units = {"vocab": spec.vocab_size, "heads": spec.n_heads, "kv_heads": spec.n_kv_heads, "mlp": spec.d_ff}
     parts = ["model" if a and size > 1 and units[a] % size == 0 else None for a in row.axes]
-    parts = [None, *parts] if row.layers and stacked else parts
-    # Written as JAX writes a result's partition (no axis of size 1, no None at the end): a step's
-    # state is the next step's input, and another spelling would compile the step a second time.
+    return _spelled([None, *parts] if row.layers and stacked else parts)
+
+
+def _spelled(parts: list[str | None]) -> P:
+    """As JAX writes a result's partition (no axis of size 1, no None at the end): a step's state is the
+    next step's input, and another spelling would compile the step a second time."""
     while parts and parts[-1] is None:
         parts.pop()
     return P(*parts)
@@ -62,6 +65,14 @@ def tensor_sharding(mesh: Mesh, spec: ModelSpec, row: Row, stacked: bool = True)
 def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     """Batch arrays [rows, ...]: split over `data` where it divides them."""
     return NamedSharding(mesh, P("data") if rows % mesh.shape["data"] == 0 else P())
+
+
+def cache_sharding(mesh: Mesh, rows: int, heads: int, axis: int = 1) -> NamedSharding:
+    """Arrays of a KV cache [L, rows, heads, ...], or (`axis` 0) [rows, ...]: rows split over `data`,
+    heads over `model`, where those divide them."""
+    split = lambda name, size: name if mesh.shape[name] > 1 and size % mesh.shape[name] == 0 else None  # noqa: E731
+    parts = [split("data", rows)] if axis == 0 else [None, split("data", rows), split("model", heads)]
+    return NamedSharding(mesh, _spelled(parts))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

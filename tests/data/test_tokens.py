@@ -215,7 +215,7 @@ def check_packed(corpus, which, shape, batch, average):
             assert batch.rows.positions[row, places].tolist() == list(range(len(places)))
             begin = int(batch.index[row, places[0]])
             k = which.tolist().index(corpus.offsets.tolist().index(begin))  # a segment begins an example
-            assert len(places) == corpus.lengths[which[k]]  # and holds nothing else
+            assert len(places) == corpus.lengths[which[k]] - 1  # all but what is only predicted
             assert batch.index[row, places].tolist() == list(range(begin, begin + len(places)))
             assert k not in cells  # once
             cells[k] = [row * shape.length + t for t in places]
@@ -242,7 +242,7 @@ def check_packed(corpus, which, shape, batch, average):
 
 
 @given(corpora(), st.sampled_from(["example", "token"]), st.integers(1, 20), st.integers(1, 4))
-def test_every_token_once_and_every_target_where_it_is_read(case, average, row_length, multiple):
+def test_every_token_that_is_read_once_and_every_target_where_it_is_read(case, average, row_length, multiple):
     corpus, which = case
     shape = tk.fit_shape(corpus, [which], row_length, multiple)
     assert shape.rows % multiple == 0
@@ -256,7 +256,7 @@ def test_a_batch_fits_or_is_refused(case, rows, targets, row_targets):
     corpus, which = case
     shape = tk.Shape(rows, 16, targets, row_targets)
     batch = tk.pack(corpus, which, shape)
-    row = tk.assign_rows(corpus.lengths[which], 16, rows)
+    row = tk.assign_rows(corpus.read_lengths[which], 16, rows)
     wanted = corpus.target_lengths[which]
     fits = (
         row is not None
@@ -315,7 +315,7 @@ def test_sequential_batches_are_every_example_once_and_fit_their_rows(case, rows
     batches = list(tk.sequential_batches(corpus, rows, length))
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(corpus)))
     for b in batches:
-        assert tk.assign_rows(corpus.lengths[b], length, rows) is not None
+        assert tk.assign_rows(corpus.read_lengths[b], length, rows) is not None
 
 
 def test_take_keeps_the_order_asked_for():

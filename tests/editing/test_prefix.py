@@ -31,6 +31,7 @@ RNG = np.random.default_rng(0)
 PARTS = [RNG.integers(0, 48, RNG.integers(3, 15)) for _ in range(19)]
 CORPUS = corpus_from_lists(PARTS, [1] * 19)
 LAYER = 2
+READ = np.concatenate([np.arange(len(p)) < len(p) - 1 for p in PARTS])  # the last token is never looked up
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_cached_values_are_those_of_a_direct_forward(mode, weights, direct, tmp_
     source = cached_source(SPEC, weights, CORPUS, LAYER, mode, mesh_of(1), 16, 4, tmp_path)
     assert prefix_pass._cache_size() - before <= 1  # several batches, one shape
     assert (source.layer, source.mode, source.values.shape) == (LAYER, mode, (len(CORPUS.tokens), 16))
-    np.testing.assert_allclose(source.values, direct, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(source.values[READ], direct[READ], rtol=1e-4, atol=1e-5)
     assert np.abs(direct).max() > 0.5
     assert isinstance(source.values, jax.Array) == (mode == "device")
     assert isinstance(source.values, np.memmap) == (mode == "disk")
@@ -100,7 +101,7 @@ def test_cached_values_are_those_of_a_direct_forward(mode, weights, direct, tmp_
 def test_batches_split_over_data_find_the_same(weights, direct):
     weights = jax.device_put(weights, jax.NamedSharding(mesh_of(8), jax.P()))
     source = cached_source(SPEC, weights, CORPUS, LAYER, "device", mesh_of(8), 16, 4)
-    np.testing.assert_allclose(source.values, direct, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(source.values[READ], direct[READ], rtol=1e-4, atol=1e-5)
     assert source.values.sharding.is_fully_replicated and len(source.values.devices()) == 8
 
 
@@ -108,7 +109,7 @@ def test_bfloat16_stays_bfloat16(weights, direct, tmp_path):
     half = {k: a.astype(jnp.bfloat16) for k, a in weights.items()}
     source = cached_source(SPEC, half, CORPUS, LAYER, "disk", mesh_of(1), 16, 4, tmp_path)
     assert source.values.dtype == jnp.bfloat16
-    difference = np.asarray(source.values, np.float32) - direct
+    difference = (np.asarray(source.values, np.float32) - direct)[READ]
     assert np.sqrt(np.mean(difference**2)) < 0.05 * np.std(direct)
 
 
@@ -119,7 +120,7 @@ def test_edits_below_the_layer_are_in_the_cache(weights, direct):
     written = weights | {"down": weights["down"].at[1].multiply(2)}
     expected = cached_source(SPEC, written, CORPUS, LAYER, "host", mesh_of(1), 16, 4)
     np.testing.assert_allclose(source.values, expected.values, rtol=1e-4, atol=1e-5)
-    assert not np.allclose(source.values, direct, atol=1e-2)
+    assert not np.allclose(source.values[READ], direct[READ], atol=1e-2)
 
 
 def test_off_is_the_tokens_themselves(weights):

@@ -1,13 +1,19 @@
 """Fast exact answers against decoding every token by itself with the plain forward, float32."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from locft_jax import load_model
 from locft_jax.data.tokens import corpus_from_lists
-from locft_jax.evaluation.answers import answer, score_corpus
+from locft_jax.evaluation import answers as answers_module
+from locft_jax.evaluation import generate
+from locft_jax.evaluation.answers import ProbeCache, answer, score_corpus
+from locft_jax.evaluation.generate import Reader
 from locft_jax.model import decoder
+from locft_jax.model.weights import take_tensor
 
 NEW = 32
 LENGTH = 48
@@ -76,22 +82,25 @@ def proved_by(guess, true, stop):
     return common + 1 >= len(true)
 
 
-def ask(model, prompts, guesses, stop, new_tokens=NEW, row_length=128):
+def ask(model, prompts, guesses, stop, new_tokens=NEW, row_length=128, **options):
     done = []
-    got = answer(
-        model.spec,
-        model.weights,
-        model.edits,
-        prompts,
-        guesses,
-        new_tokens,
-        stop,
-        model.mesh,
-        row_length,
-        done.append,
-    )
+    reader = Reader(model.spec, model.weights, model.edits, model.mesh, row_length)
+    got = answer(reader, prompts, guesses, new_tokens, stop, done.append, **options)
     assert sum(done) == len(prompts)  # the bar ends full
     return got
+
+
+def count_texts(monkeypatch, name="packed"):
+    """A list that grows by the number of texts of every pass, or with `read_batch` of each of its batches
+    that begins with tokens."""
+    counts, function = [], getattr(answers_module, name)
+
+    def counted(*arguments):
+        counts.append(len(arguments[1]) if name == "packed" else 1)
+        return function(*arguments)
+
+    monkeypatch.setattr(answers_module, name, counted)
+    return counts
 
 
 def test_the_answers_are_a_fair_test(truth, stop):
@@ -121,6 +130,70 @@ def test_short_rows_and_open_ends_at_the_limit(model, prompts, truth, stop):
     assert (answers, proved) == (truth, len(prompts))
 
 
+def test_equal_prompts_are_asked_once(model, prompts, truth, stop, monkeypatch):
+    read = count_texts(monkeypatch)
+    again = [0, 1, 0, 2, 1, 1]
+    answers, proved = ask(
+        model, [prompts[i] for i in again], [truth[0], truth[1], [], truth[2], [], []], stop, new_tokens=8
+    )
+    assert answers == [truth[i][:8] for i in again]
+    assert sum(read) == 3 and proved == 6
+
+
+def test_what_is_known_of_an_answer_is_not_asked(model, prompts, truth, stop):
+    known = [a[: len(a) * (i % 4) // 3] for i, a in enumerate(truth)]
+    guesses = [a[len(k) :] if i % 2 else [] for i, (a, k) in enumerate(zip(truth, known, strict=True))]
+    answers, proved = ask(model, prompts, guesses, stop, known=known)
+    assert answers == truth and 4 <= proved < 16
+    assert ask(model, prompts, [[]] * 16, stop, known=truth) == (truth, 0)
+
+
+def test_rows_of_the_pool_are_taken_again_and_the_pool_shrinks(model, prompts, truth, stop, monkeypatch):
+    """A small pool, several passes, texts of several lengths: rows are taken again, the ring goes round."""
+    monkeypatch.setattr(answers_module, "ROWS", 2)
+    monkeypatch.setattr(answers_module, "MOST", 6)
+    monkeypatch.setattr(generate, "LEAST", 2)
+    sizes, decode = [], generate.decode
+
+    def counted(spec, weights, edits, pool, stop, enough):
+        sizes.append(pool.left.shape[0])
+        return decode(spec, weights, edits, pool, stop, enough)
+
+    monkeypatch.setattr(generate, "decode", counted)
+    long = [[*p, *a[:24]] for p, a in zip(prompts, truth, strict=True) if len(a) > 24]
+    answers, _ = ask(model, [*prompts, *long], [[]] * (16 + len(long)), stop, row_length=32)
+    assert answers[:16] == truth
+    assert [a[: NEW - 24] for a in answers[16:]] == [a[24:] for a in truth if len(a) > 24]
+    assert max(sizes) == 6 and min(sizes) == 2 and sizes.count(6) > 4
+
+
+@pytest.mark.parametrize("mode", ["device", "host", "disk"])
+def test_passes_before_and_after_an_edit_share_what_is_below_it(
+    model, prompts, truth, stop, mode, monkeypatch
+):
+    cache = ProbeCache(1, mode)
+    name = "model.layers.1.mlp.down_proj.weight"
+    own = take_tensor(model.spec, model.weights, name)
+    before = dataclasses.replace(model, edits={**model.edits, name: own})
+    guesses = guesses_from(truth, stop)
+    answers, proved = ask(before, prompts, guesses, stop, kept=cache)
+    assert answers == truth and cache.source.layer == 1 and cache.source.mode == mode
+    # What was kept is what enters the layer: the rest of the model gives the same answers without tokens.
+    read = count_texts(monkeypatch, "read_batch")
+    assert ask(before, prompts, guesses, stop, kept=cache)[1] == proved
+    assert len(read) > 0  # for the misses
+
+    changed = own + 0.3 * np.random.default_rng(8).standard_normal(own.shape, np.float32)
+    after = dataclasses.replace(model, edits={**model.edits, name: changed})
+    expected, _ = ask(after, prompts, [[]] * 16, stop)
+    assert expected != truth
+    assert ask(after, prompts, guesses, stop, kept=cache)[0] == expected
+    read.clear()
+    # Texts that were not read before are read from their tokens.
+    assert ask(after, prompts, expected, stop, kept=cache) == (expected, 16)
+    assert len(read) == 1
+
+
 def test_no_prompts(model, stop):
     assert ask(model, [], [], stop) == ([], 0)
 
@@ -140,11 +213,9 @@ def test_scores_are_those_of_the_plain_forward(model):
     texts = [rng.integers(1, 320, n).tolist() for n in lengths]
     starts = [int(rng.integers(1, n)) for n in lengths]
     corpus = corpus_from_lists(texts, starts)
-    done = []
-    best, logprob = score_corpus(
-        model.spec, model.weights, model.edits, corpus, model.mesh, row_length=48, on_done=done.append
-    )
-    assert sum(done) == len(texts)
+    scored = sorted(score_corpus(Reader(model.spec, model.weights, model.edits, model.mesh, 48), corpus))
+    assert [n for n, *_ in scored] == list(range(len(texts)))
+    best, logprob = (np.concatenate(part) for part in list(zip(*scored, strict=True))[1:])
     tokens = np.asarray([t + [0] * (LENGTH - len(t)) for t in texts])
     scores = np.asarray(forward(model.spec, model.weights, model.edits, tokens), np.float64)
     logs = scores - np.log(np.exp(scores - scores.max(-1, keepdims=True)).sum(-1, keepdims=True))
@@ -157,7 +228,5 @@ def test_scores_are_those_of_the_plain_forward(model):
 
 
 def test_scores_of_nothing(model):
-    best, logprob = score_corpus(
-        model.spec, model.weights, {}, corpus_from_lists([], []), model.mesh, row_length=48
-    )
-    assert best.shape == logprob.shape == (0,)
+    reader = Reader(model.spec, model.weights, {}, model.mesh)
+    assert not list(score_corpus(reader, corpus_from_lists([], [])))

@@ -127,37 +127,54 @@ def test_prepare_tokenizes_prompts_as_they_were_trained(model):
         assert guess == (ids(" " + probe.target) if probe.target else [])
 
 
-def test_answers_end_by_the_official_rule_and_reliability_is_also_read_until_eos(model, monkeypatch):
+def test_answers_end_by_the_official_rule_and_reliability_goes_on_while_it_can_match(model, monkeypatch):
     """Which tokens are asked for with which stop, and how they become texts."""
-    said = {
-        PROBES[0].prompt: " Vintown. And more",
-        PROBES[1].prompt: "\nMira",  # a newline at the very beginning ends the answer
-        PROBES[2].prompt: " Vintown\n",
-        PROBES[3].prompt: " a baker.",
-    }
+    ids = lambda text: model.tokenizer(text)["input_ids"]  # noqa: E731
+    probes = [
+        Probe("0", "reliability", "The capital of Oredal is", "St. Vintown"),
+        Probe("1", "reliability", "Who founded the firm?", "Mira Halver"),
+        Probe("2", "reliability", "Hana works as", "a baker"),
+        Probe("2", "generalization", "Hana Orvik works as", "St. Vintown"),
+        Probe("0", "locality", "Ten plus five is", None),
+    ]
+    said = [" St.", " Mira Oredal.", " a baker</s>", " St.", "\n"]
     calls = []
 
-    def answer(spec, weights, edits, prompts, guesses, new_tokens, stop, mesh, row_length, on_done):
-        texts = [model.tokenizer.decode(p) for p in prompts]
-        calls.append((texts, list(guesses), new_tokens, stop))
+    def answer(reader, prompts, guesses, new_tokens, stop, on_done=lambda n: None, known=None, kept=None):
+        dot = ids(".")[0]
+        calls.append((prompts, guesses, new_tokens, bool(stop[0]), bool(stop[dot]), known))
         on_done(len(prompts))
-        return [[*model.tokenizer(said[t])["input_ids"], 0] for t in texts], 1
+        if known is None:
+            return [ids(text) for text in said], 2
+        return [ids(" St. Vintown") + [0]], 1
 
     monkeypatch.setattr(run, "answer", answer)
-    made = run.prepare(model, PROBES[:4], [])
+    made = run.prepare(model, probes, [])
     done = []
     got = run.ask(model, {}, made, on_done=done.append)
-    assert got.texts == ["Vintown", "", "Vintown", "a baker"]
-    assert got.full == ["Vintown. And more", "Mira", "Vintown", "a baker."]
-    assert got.proved == 2 and sum(done) == 4
-    assert [texts for texts, *_ in calls] == [[p.prompt for p in PROBES[:2]], [p.prompt for p in PROBES[2:4]]]
-    assert [guesses for _, guesses, *_ in calls] == [made.guesses[:2], made.guesses[2:]]
-    dot = model.tokenizer(".")["input_ids"][0]
-    assert [(n, bool(stop[0]), bool(stop[dot])) for *_, n, stop in calls] == [
-        (NEW_TOKENS, True, False),
-        (NEW_TOKENS, True, True),
+    assert got.texts == ["St", "Mira Oredal", "a baker", "St", ""]
+    assert got.full == ["St. Vintown", "Mira Oredal.", "a baker", "St.", ""]
+    assert got.tokens == [ids(text) for text in said]
+    assert got.proved == 2 and sum(done) == 5
+    assert calls == [
+        (made.prompts, made.guesses, NEW_TOKENS, True, True, None),
+        # Only the first can still become its target; its guess goes on behind what is known.
+        ([made.prompts[0]], [ids(" Vintown")], NEW_TOKENS, True, False, [ids(" St.")]),
     ]
-    assert [t[-1] for t in got.tokens] == [0] * 4
+    assert run.figures(made, got)["reliability"] == pytest.approx(1 / 3)
+    assert run.figures(made, got)["reliability_eos_only"] == pytest.approx(2 / 3)
+
+
+def test_the_share_that_differs_is_that_of_a_sample_decoded_again(tiny_model_dir, model):
+    half = load_model(str(tiny_model_dir), "bfloat16", {"data": 1, "model": 1})
+    made = run.prepare(half, PROBES, [CapabilityItem("pick", "Is it?", "no", ("yes", "no"))])
+    got = run.ask(half, {}, made)
+    share = lambda model, answers: run.differing_share(model, {}, made, answers, 128, 0)  # noqa: E731
+    rounding = share(half, got)
+    assert 0 <= rounding < 0.5
+    wrong = dataclasses.replace(got, tokens=[[*t[:-1], t[-1] + 1] if t else t for t in got.tokens])
+    assert share(half, wrong) >= 1 - rounding  # of the probes without choices
+    assert share(model, got) is None  # float32
 
 
 def test_choices_are_scored_by_log_likelihood_a_character(model):
@@ -200,4 +217,5 @@ def test_probes_are_plain_values():
         "kind": "reliability",
         "prompt": "The capital of Oredal is",
         "target": "Vintown",
+        "batch": 0,
     }

@@ -12,6 +12,7 @@ from locft_jax.evaluation.metrics import (
     cut,
     make_probes,
     matches,
+    may_match,
     normalize,
     rate,
     stop_tables,
@@ -54,6 +55,38 @@ def test_an_article_in_front_changes_nothing(text):
 )
 def test_matches(answer, target, right):
     assert matches(answer, target) is right
+
+
+@pytest.mark.parametrize(
+    ("begun", "target", "may"),
+    [
+        (" St.", "St. Vintown", True),
+        (" Vintown.", "Vintown", True),
+        (" Vint", "Vintown", True),
+        (" the", "Vintown", True),  # an article, if it ends here
+        (" then", "Vintown", False),
+        (" Oredal.", "Vintown", False),
+        (" Vintown. And more.", "Vintown", False),
+        (" Vintown. And", "Vintown", False),
+        (" Vintown. A", "Vintown", True),
+        (" Mira Or", "Mira Halver", False),
+        (" Mira\n", "Mira Halver", True),
+        ("", "Vintown", True),
+    ],
+)
+def test_may_match(begun, target, may):
+    assert may_match(begun, target) is may
+
+
+ENDINGS = st.text(st.sampled_from("aAnteh .,-–\n\u00e9\u03a3\u0130_"), max_size=12)
+
+
+@given(st.data())
+def test_every_beginning_of_a_match_may_match(data):
+    text = data.draw(ENDINGS)
+    target = data.draw(st.sampled_from([text, normalize(text), f"The {text}!", text.lower()]))
+    begun = text[: data.draw(st.integers(0, len(text)))]
+    assert may_match(begun, target) or not matches(text, target)
 
 
 @pytest.mark.parametrize(

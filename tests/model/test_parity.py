@@ -10,7 +10,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from families import FAMILIES, make_family  # noqa: E402
 
-from locft_jax.evaluation.generate import generate  # noqa: E402
+from locft_jax.evaluation.answers import answer  # noqa: E402
+from locft_jax.evaluation.generate import Reader  # noqa: E402
 from locft_jax.model import decoder, hf  # noqa: E402
 from locft_jax.model.sharding import make_mesh, tensor_spec  # noqa: E402
 from locft_jax.model.weights import weight_table  # noqa: E402
@@ -49,8 +50,9 @@ def test_greedy_generation_equals_transformers(family, torch):
     weights = hf.load_weights(checkpoint, mesh)
     stop = np.zeros(97, bool)
     stop[[96, 11, 12]] = True  # several stop tokens, so that answers end at different times
-    got = generate(checkpoint.spec, weights, {}, prompts, 16, stop, mesh)
-    for prompt, answer in zip(prompts, got, strict=True):
+    reader = Reader(checkpoint.spec, weights, {}, mesh)
+    got, _ = answer(reader, prompts, [[]] * len(prompts), 16, stop)
+    for prompt, said in zip(prompts, got, strict=True):
         with torch.no_grad():
             out = model.generate(
                 torch.tensor([prompt]),
@@ -59,7 +61,7 @@ def test_greedy_generation_equals_transformers(family, torch):
                 eos_token_id=[96, 11, 12],
                 pad_token_id=96,
             )
-        assert answer == out[0, len(prompt) :].tolist()
+        assert said == out[0, len(prompt) :].tolist()
 
 
 def test_bfloat16_stays_near_float32(family, torch):

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from locft_jax.evaluation.generate import generate
+from locft_jax.evaluation.answers import answer
+from locft_jax.evaluation.generate import Reader
 from locft_jax.model import decoder
 from locft_jax.model.hf import load_model
 
@@ -31,8 +32,7 @@ def test_golden_text(stories):
     model, golden = stories
     stop = np.zeros(model.spec.vocab_size, bool)
     new = len(model.tokenizer(golden["greedy_text"])["input_ids"]) - len(golden["prompt_tokens"])
-    answer = generate(model.spec, model.weights, {}, [golden["prompt_tokens"]], new, stop, model.mesh)
-    assert (
-        model.tokenizer.decode(golden["prompt_tokens"] + answer[0], skip_special_tokens=True)
-        == golden["greedy_text"]
-    )
+    reader = Reader(model.spec, model.weights, {}, model.mesh)
+    (said,), _ = answer(reader, [golden["prompt_tokens"]], [[]], new, stop)
+    text = model.tokenizer.decode(golden["prompt_tokens"] + said, skip_special_tokens=True)
+    assert text == golden["greedy_text"]
