@@ -26,7 +26,6 @@ from locft_jax.data.records import open_records
 from locft_jax.data.requests import EditRequest
 from locft_jax.data.tokens import (
     Batch,
-    Corpus,
     corpus_from_lists,
     even_rows,
     fit_shape,
@@ -205,13 +204,15 @@ def second_moments(
     spec: ModelSpec,
     weights: Weights,
     site: Sequence[str],
-    corpus: Corpus,
+    texts: Sequence[Sequence[int]],
     mesh: Mesh,
     row_length: int,
     base: Edits = {},  # noqa: B006 (never written to)
 ) -> Moments:
-    """C = E[x x^T] [in, in], float32, over the corpus's tokens, for every matrix of the site in a layer;
-    matrices with one input share one array. Streams over the corpus once."""
+    """C = E[x x^T] [in, in], float32, over the tokens of texts (token ids), for every matrix of the site in
+    a layer; matrices with one input share one array. Streams over the texts once."""
+    # A batch does not read a text's last token, so each gets one more.
+    corpus = corpus_from_lists([[*ids, ids[-1]] for ids in texts], [len(ids) for ids in texts])
     located = {name: locate_tensor(spec, name) for name in site}
     keys = {n: (l, INPUTS[row.key]) for n, (row, l) in located.items() if row.key in INPUTS and l is not None}
     wanted = tuple(sorted(set(keys.values())))
@@ -230,7 +231,7 @@ def second_moments(
         sums = _sums(spec, wanted, weights, materialize({}, base), tokens, batch)
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     assert total is not None, "a corpus is never empty"
-    mean = {key: value / len(corpus.tokens) for key, value in total.items()}
+    mean = {key: value / sum(map(len, texts)) for key, value in total.items()}
     return {name: mean[f"{layer}.{kind}"] for name, (layer, kind) in keys.items()}
 
 
@@ -315,10 +316,7 @@ def make_preserve(
         ids = [i[: model.spec.max_position] for i in ids if len(i) > 1]
     if not ids:
         raise UserError(f"preserve_data: {source_of(config)} holds no text of two tokens or more")
-    corpus = corpus_from_lists(ids, [max(1, len(i) - 1) for i in ids])
-    moments = second_moments(
-        model.spec, model.weights, site, corpus, model.mesh, config.row_length, model.edits
-    )
+    moments = second_moments(model.spec, model.weights, site, ids, model.mesh, config.row_length, model.edits)
     made: dict[int, np.ndarray] = {}
     placed = {}
     for name, moment in moments.items():
