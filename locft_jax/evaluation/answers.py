@@ -233,12 +233,9 @@ def _read(reader: Reader, asked: _Questions, todo: Sequence[int], kept: ProbeCac
 
 
 def _keys(corpus: Corpus) -> list[bytes]:
-    """What tells the texts of a corpus apart: their tokens, and where their targets begin."""
-    texts = np.split(corpus.tokens, corpus.offsets[1:-1])
-    return [
-        bytes([*int(s).to_bytes(4, "little"), *t.tobytes()])
-        for s, t in zip(corpus.target_start, texts, strict=True)
-    ]
+    """What tells the texts of a corpus apart: where their targets begin, and their tokens."""
+    ends = zip(corpus.target_start.tolist(), corpus.offsets, corpus.offsets[1:], strict=False)
+    return [start.to_bytes(4, "little") + corpus.tokens[a:b].tobytes() for start, a, b in ends]
 
 
 def _until_stop(guess: Sequence[int], stop: np.ndarray) -> list[int]:

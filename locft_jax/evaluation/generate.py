@@ -201,7 +201,7 @@ class Pool:
     def __init__(self, reader: Reader, rows: int, slots: int, new_tokens: int, stop: np.ndarray) -> None:
         self.reader, self.slots = reader, slots
         self.stop = jax.device_put(stop, replicated(reader.mesh))
-        self.text = np.full(few_sizes(rows, LEAST), -1)  # of each row, -1: free
+        self.text = np.full(few_sizes(rows, LEAST, 4), -1)  # of each row, -1: free
         self.pool = _empty(reader, len(self.text), slots, new_tokens)
 
     def add(
