@@ -26,7 +26,7 @@ if __package__ in (None, ""):
 
 from benchmarks.common import epoch_flops, finish, hardware, llama_config, matmul_rate, zsre_like
 from locft_jax.data.tokens import Corpus, epoch_batches
-from locft_jax.editing.pipeline import Schedule, breadth_first, run_shape
+from locft_jax.editing.pipeline import Schedule, run_pipeline, run_shape
 from locft_jax.editing.prefix import cached_source
 from locft_jax.editing.site import find_site, parameters, read_site
 from locft_jax.editing.step import Hyper, init_state
@@ -83,7 +83,7 @@ def our_loop(folder: str, corpus: Corpus, layer: int, batch: int, epochs: int) -
         jax.block_until_ready(source.values)
         prefix = time.perf_counter() - begin
         state = init_state(read_site(spec, weights, site, mesh))
-        outcome = breadth_first(
+        outcome = run_pipeline(
             spec, weights, state, corpus, source, schedule, mesh, lambda r: losses.append(r.loss)
         )
         jax.block_until_ready(outcome.state.theta)
@@ -95,7 +95,7 @@ def our_loop(folder: str, corpus: Corpus, layer: int, batch: int, epochs: int) -
     source = cached_source(spec, weights, corpus, layer, "device", mesh, ROW)
     state = init_state(read_site(spec, weights, site, mesh))
     tuned = parameters(state.theta)
-    breadth_first(spec, weights, state, corpus, source, short, mesh, shape=shape)
+    run_pipeline(spec, weights, state, corpus, source, short, mesh, shape=shape)
     warm = time.perf_counter() - begin
     losses, prefix, total = run()
     rate = matmul_rate(spec, shape.rows * shape.length)

@@ -33,7 +33,7 @@ from locft_jax.config import DEMO_CONFIG, load_config
 from locft_jax.data.capability import read_capability
 from locft_jax.data.requests import read_requests
 from locft_jax.data.tokens import Corpus
-from locft_jax.editing.pipeline import Schedule, breadth_first
+from locft_jax.editing.pipeline import Schedule, run_pipeline
 from locft_jax.editing.prefix import cached_source
 from locft_jax.editing.run import choose_site
 from locft_jax.editing.site import find_site, first_layer, read_site
@@ -193,7 +193,7 @@ def memorize(spec: Any, weights: Any, mesh: Any, corpus: Corpus, layer: int, epo
     source = cached_source(spec, weights, corpus, layer, "device", mesh, 128)
     schedule = Schedule(min(25, len(corpus)), epochs, SEED, "example", 128, Hyper(1e-2, 0.0, 0.0))
     state = init_state(read_site(spec, weights, site, mesh))
-    done = breadth_first(spec, weights, state, corpus, source, schedule, mesh)
+    done = run_pipeline(spec, weights, state, corpus, source, schedule, mesh)
     print(f"edited {len(corpus)}: loss {done.epoch_losses[0]:.2f} -> {done.epoch_losses[-1]:.3f}")
     return dict(done.state.theta)
 

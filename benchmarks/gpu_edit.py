@@ -30,7 +30,7 @@ import numpy as np
 
 from benchmarks.common import epoch_flops, finish, hardware, llama_config, llama_spec, zsre_like
 from benchmarks.edit_speed import RATE, SEED, torch_loop
-from locft_jax.editing.pipeline import Schedule, breadth_first, run_shape
+from locft_jax.editing.pipeline import Schedule, run_pipeline, run_shape
 from locft_jax.editing.prefix import cached_source
 from locft_jax.editing.site import find_site, parameters, read_site
 from locft_jax.editing.step import Hyper, init_state
@@ -71,7 +71,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
         prefix = time.perf_counter() - begin
         short = Schedule(args.batch, epochs, SEED, "example", 128, schedule.hyper)
         on_step = lambda record: losses.append(record.loss)  # noqa: E731
-        done = breadth_first(spec, weights, state, corpus, source, short, mesh, on_step, shape)
+        done = run_pipeline(spec, weights, state, corpus, source, short, mesh, on_step, shape)
         jax.block_until_ready(done.state.theta)
         return losses, prefix, time.perf_counter() - begin
 

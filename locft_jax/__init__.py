@@ -4,9 +4,11 @@ config.py      what a run is
 files.py       files and folders that appear whole or not at all
 data/          requests.py (any file -> EditRequest)   streaming.py (edits that arrive over time)
                tokens.py (texts -> packed batches)
-model/         spec.py   weights.py (the weight table)   decoder.py   sharding.py   hf.py (load, save)
+model/         spec.py   weights.py (the weight table)   decoder.py   sharding.py   memory.py (does it fit?)
+               headers.py (what is wrong with a file)   hf.py (load, save)
                delta.py (edited tensors, new and old)   combine.py (merge, compose, measure deltas)
-editing/       site.py   step.py   prefix.py   pipeline.py   checkpoint.py (stop and resume)
+editing/       site.py   step.py   prefix.py   pipeline.py   preserve.py
+               checkpoint.py (stop and resume)
                run.py (one edit)
 evaluation/    generate.py   answers.py   metrics.py   run.py   report.py
 export.py      orbax, and where results may go

@@ -20,6 +20,7 @@ from locft_jax.data.capability import CapabilityItem
 from locft_jax.data.requests import EditData, EditRequest, requests_from_records
 from locft_jax.editing.checkpoint import Checkpoints
 from locft_jax.editing.pipeline import StepRecord
+from locft_jax.editing.preserve import check_preserve, retained_texts, told
 from locft_jax.editing.run import choose_site, encode_requests, run_edit
 from locft_jax.editing.site import first_layer
 from locft_jax.evaluation.answers import ProbeCache
@@ -92,6 +93,8 @@ def edit(
     data = as_data(requests, config)
     site = choose_site(model.spec, config)
     corpus = encode_requests(model.tokenizer, data.requests, config, model.spec)
+    check_preserve(model.spec, site, config)
+    retained = retained_texts(config, data.requests)
     seconds: dict[str, float | None] = dict.fromkeys(("load", "before", "edit", "after", "export"))
 
     asked = before = after = cache = None
@@ -121,9 +124,10 @@ def edit(
                 return bar.skip()  # made by an earlier process
             on_step(steps[-1])
             rate = bar.rate() * len(corpus) / per_epoch
-            bar.advance(1, f"epoch {line.epoch + 1}, loss {line.loss:.4f}, {rate:.0f} edits/s")
+            what = "epoch" if config.pipeline == "breadth" else "mini-batch"
+            bar.advance(1, f"{what} {line.epoch + 1}, loss {line.loss:.4f}, {rate:.0f} edits/s")
 
-        done = run_edit(model, corpus, site, config, record, start, checkpoints)
+        done = run_edit(model, corpus, site, config, record, start, checkpoints, retained)
     seconds["edit"] = done.seconds
 
     edited = model.with_edits(done.tensors)
@@ -143,6 +147,7 @@ def edit(
             "data_sha256": data.sha256,
             "edits": len(data.requests),
             "versions": versions(),
+            **({"preserve": told(config)} if told(config) else {}),
         },
     )
     report |= {
@@ -231,6 +236,7 @@ def _report(
         "site": {"tensors": list(site), "parameters": done.parameters},
         "method": config.method,
         "pipeline": config.pipeline,
+        "preserve": told(config),
         "edits": len(data.requests),
         "duplicates": data.duplicates,
         "conflicts": len(data.conflicts),

@@ -15,14 +15,15 @@ from rich.table import Table
 
 from locft_jax.commands import run_command
 from locft_jax.config import Config, load_config
-from locft_jax.data.tokens import prompt_ids
+from locft_jax.data.tokens import check_prompts, prompt_ids
 from locft_jax.errors import UserError
 from locft_jax.evaluation.answers import answer
 from locft_jax.evaluation.generate import Reader
 from locft_jax.evaluation.metrics import NEW_TOKENS, cut, stop_tables
 from locft_jax.evaluation.report import plain
 from locft_jax.model.delta import check_delta, load_delta
-from locft_jax.model.hf import Model, load_opened, load_tokenizer, open_checkpoint
+from locft_jax.model.hf import Model, frozen_dtype, load_opened, load_tokenizer, open_checkpoint
+from locft_jax.model.memory import check_memory
 from locft_jax.model.sharding import make_mesh
 
 
@@ -41,6 +42,8 @@ def main(argv: list[str] | None = None) -> None:
     if delta:
         check_delta(checkpoint, delta)
     ids = encode_prompts(tokenizer, prompts, config, args.max_tokens, checkpoint.spec.max_position)
+    check_prompts(tokenizer, prompts, config.chat_template, vocab_size=checkpoint.spec.vocab_size)
+    check_memory(checkpoint.spec, mesh, frozen_dtype(checkpoint, config.weights).itemsize)
 
     model = load_opened(checkpoint, tokenizer, mesh, config.weights)
     if delta:

@@ -23,13 +23,9 @@ DEMO_CONFIG = DEMO_FOLDER / "demo.yaml"
 
 # Keys whose other values wait for a feature, and what works now. Building one shrinks this table.
 NOT_YET: dict[str, tuple[Any, ...]] = {
-    "pipeline": ("breadth",),
-    "method": ("ft-m",),
     "weights": ("checkpoint", "float32", "bfloat16"),
     "eval_every": (None,),
-    "preserve": ("none",),
-    "preserve_strength": (None,),
-    "preserve_data": (None,),
+    "preserve": ("none", "soft", "null"),
     "preserve_kl": (None,),
     "augment_prefixes": (0,),
 }
@@ -60,8 +56,9 @@ class Config:
     seed: int = 0
     loss_average: str = "example"  # or token
     loss_floor: float = 1e-2  # below it a batch makes no step and an epoch ends the run
-    pipeline: str = "breadth"
-    method: str = "ft-m"
+    pipeline: str = "breadth"  # or depth: each mini-batch to convergence in turn, num_steps steps at most
+    method: str = "ft-m"  # or ft-l: loss on the last target token only
+    norm_constraint: float | None = None  # most that an element of a tuned tensor may change
     append_eos: bool = True
     chat_template: bool = False
     on_conflict: str = "keep"  # one prompt, several targets: keep, last, error
@@ -76,9 +73,9 @@ class Config:
     capability_data: tuple[str, ...] = ()  # files
     checkpoint_every: str = "10m"  # minutes (10m), or steps (200)
     export: tuple[str, ...] = ("hf", "delta", "orbax")
-    preserve: str = "none"
-    preserve_strength: float | None = None
-    preserve_data: str | None = None
+    preserve: str = "none"  # or soft, null: updates avoid inputs that other texts have
+    preserve_strength: float | None = None  # soft: > 0; null: a share of the trace, in (0, 1)
+    preserve_data: str | None = None  # model (the default), templates, or a file of texts
     preserve_kl: float | None = None
     augment_prefixes: int = 0
     source: str = field(default="", repr=False, compare=False)  # the file read; not a key
@@ -86,6 +83,12 @@ class Config:
     def __post_init__(self) -> None:
         for key in _RULES:
             object.__setattr__(self, key, _checked(key, getattr(self, key), "Config"))
+        strength = self.preserve_strength
+        if self.preserve == "null" and strength is not None and strength >= 1:
+            raise UserError(
+                f"Config: `preserve_strength: {shown(strength)}` is not valid; with preserve=null it must "
+                "be a number > 0 and < 1"
+            )
 
     @property
     def name(self) -> str:
@@ -298,8 +301,9 @@ _RULES: dict[str, _Rule] = {
     "seed": _whole(0, 2**32 - 1),
     "loss_average": _choice("example", "token"),
     "loss_floor": _real(0),
-    "pipeline": _TEXT,
-    "method": _TEXT,
+    "pipeline": _choice("breadth", "depth"),
+    "method": _choice("ft-m", "ft-l"),
+    "norm_constraint": _optional(_real(0, above=True)),
     "append_eos": _SWITCH,
     "chat_template": _SWITCH,
     "on_conflict": _choice("error", "last", "keep"),
@@ -315,7 +319,7 @@ _RULES: dict[str, _Rule] = {
     "checkpoint_every": _Rule("minutes such as 10m, or a number of steps", _every),
     "export": _any_number(_choice("hf", "delta", "orbax")),
     "preserve": _TEXT,
-    "preserve_strength": _optional(_real(0)),
+    "preserve_strength": _optional(_real(0, above=True)),
     "preserve_data": _optional(_PATH),
     "preserve_kl": _optional(_real(0)),
     "augment_prefixes": _whole(0),

@@ -19,10 +19,11 @@ from locft_jax.data.capability import read_capability
 from locft_jax.data.requests import read_requests
 from locft_jax.data.streaming import extend, read_earlier, streaming_report, to_record
 from locft_jax.editing.checkpoint import describe_run, finished, guarded, open_run
+from locft_jax.editing.preserve import check_preserve, retained_texts
 from locft_jax.editing.run import check_fit, choose_site, encode_requests, last_delta
 from locft_jax.errors import UserError
 from locft_jax.evaluation.metrics import make_probes
-from locft_jax.evaluation.report import print_report
+from locft_jax.evaluation.report import plain, print_report
 from locft_jax.evaluation.run import check_probes
 from locft_jax.files import whole_folder, write_json, write_jsonl
 from locft_jax.model.delta import save_delta
@@ -50,6 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(checkpoint)
     mesh = make_mesh(config.mesh)
     site = choose_site(checkpoint.spec, config)
+    check_preserve(checkpoint.spec, site, config)
+    retained = retained_texts(config, data.requests)
     corpus = encode_requests(tokenizer, data.requests, config, checkpoint.spec)
     if config.evaluate:
         probes = make_probes(data.requests, config.eval_sample, config.seed)
@@ -57,9 +60,9 @@ def main(argv: list[str] | None = None) -> None:
     notes = check_fit(checkpoint, config, site, corpus, mesh)
     export.check_space(out, checkpoint, site, config.export)
     start = last_delta(earlier.folder, checkpoint, site) if earlier and args.start_from == "last" else None
-    run = describe_run(config, data, capability, checkpoint, site, mesh, start)
+    run = describe_run(config, data, capability, checkpoint, site, mesh, start, retained)
     if args.resume and finished(out, run):
-        return console.print(f"{out}/ holds this run, finished: nothing to resume")
+        return console.print(plain(f"{out}/ holds this run, finished: nothing to resume"))
     checkpoints = open_run(out, config.checkpoint_every, run, args.resume)
     for note in notes:
         say(note)
@@ -91,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.keep_checkpoint:
                 shutil.move(checkpoints.folder / "steps", folder / "checkpoint")
     print_report(result.report, result.predictions, console)
-    console.print(f"written to {out}/: " + ", ".join(sorted(p.name for p in out.iterdir())))
+    console.print(plain(f"written to {out}/: " + ", ".join(sorted(p.name for p in out.iterdir()))))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -5,6 +5,11 @@ class UserError(Exception):
     """Wrong input. The message says what is wrong, where, and what would be right."""
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether a Rust library gave up: pyo3's PanicException is no Exception, and cannot be imported."""
+    return type(error).__name__ == "PanicException"
+
+
 def reason(error: Exception) -> str:
     """What an error of another library says, in one line: the end of a long one, where causes stand."""
     text = (str(error) or type(error).__name__).splitlines()[0]

@@ -4,7 +4,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -52,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
 
     probes = make_probes(data.requests, config.eval_sample, config.seed)
     check_probes(tokenizer, checkpoint.spec, probes, capability, config.chat_template)
-    check_memory(checkpoint.spec, mesh, np.dtype(frozen_dtype(checkpoint, config.weights)).itemsize)
+    check_memory(checkpoint.spec, mesh, frozen_dtype(checkpoint, config.weights).itemsize)
 
     model = load_opened(checkpoint, tokenizer, mesh, config.weights)
     model = model.with_edits(delta.new) if delta else model

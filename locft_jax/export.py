@@ -35,6 +35,7 @@ def check_out(out: Path, overwrite: bool, resume: bool = False, proof: str = "re
     """Refuse, before any work, a folder that holds something or cannot be made. `overwrite` allows
     one that holds results (the file `proof`), `resume` a run's results or checkpoint: nothing else
     is ever deleted. What a killed export left undone is finished or taken back first."""
+    _look(out)
     recover(out)
     out = out.resolve()
     place = out
@@ -101,6 +102,7 @@ def check_space(out: Path, checkpoint: Checkpoint, site: Sequence[str], wanted: 
 
 def check_file(out: Path, overwrite: bool) -> None:
     """Refuse, before any work, a result file that exists already or cannot be written."""
+    _look(out)
     if out.is_dir():
         raise UserError(f"--out: {out} is a folder; name a file in it, such as {out / 'figures.json'}")
     if out.exists() and not overwrite:
@@ -109,3 +111,12 @@ def check_file(out: Path, overwrite: bool) -> None:
         raise UserError(f"--out: there is no folder {out.resolve().parent}; make it first")
     if not os.access(out.resolve().parent, os.W_OK):
         raise UserError(f"--out: {out.resolve().parent} cannot be written; choose another folder")
+
+
+def _look(out: Path) -> None:
+    """Refuse a path that cannot even be looked at, such as a name that is too long."""
+    try:
+        out.resolve().exists()
+    except (OSError, RuntimeError, ValueError) as e:  # RuntimeError: links in a circle
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"--out: {str(out)[:80]} cannot be used ({reason}); choose another") from None

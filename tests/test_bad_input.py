@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from locft_jax.ask import main as ask
 from locft_jax.commands import run_command
 from locft_jax.data.requests import read_requests
 from locft_jax.edit import main as edit
 from locft_jax.errors import one_screen, printable
 from locft_jax.evaluate import main as evaluate
 from locft_jax.model import hf, memory
+from locft_jax.model.delta import make_delta, save_delta
 from locft_jax.model.memory import Room
 
 QUICK = {"evaluate": "false", "num_steps": 1, "export": "[]"}
@@ -255,6 +257,17 @@ def file(name: str, text: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_text(text)
 
 
+def tokenizer(key: str, value: Any) -> Callable[[Path], None]:
+    """Change a field of the tokenizer's own model."""
+
+    def damage(folder: Path) -> None:
+        found = json.loads((folder / "tokenizer.json").read_text())
+        found["model"][key] = value
+        (folder / "tokenizer.json").write_text(json.dumps(found))
+
+    return damage
+
+
 def gone(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
@@ -308,7 +321,7 @@ MODELS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "config-list": (file("config.json", "[]"), ("expected a JSON object, found list",)),
     "generation-config": (file("generation_config.json", "{"), ("generation_config.json: not valid JSON",)),
     "no-weights": (gone(WEIGHTS), ("no .safetensors file", "convert the model to safetensors")),
-    "truncated": (raw(lambda b: b[:-9]), (f"{WEIGHTS}: not a readable", "bytes of data; fetch it again")),
+    "truncated": (raw(lambda b: b[:-9]), (f"{WEIGHTS}: not a", "the file is truncated", "fetch it again")),
     "zero-bytes": (raw(lambda b: b""), ("it is empty (0 bytes); fetch it again",)),
     "three-bytes": (raw(lambda b: b[:3]), ("it has 3 bytes, too few for a header",)),
     "header-too-long": (raw(lambda b: b"\xff" * 7 + b"\0" + b[8:]), ("header should be", "fetch it again")),
@@ -328,6 +341,12 @@ MODELS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "no-tokenizer": (gone("tokenizer.json"), ("no tokenizer (tokenizer.json) in this model folder",)),
     "bad-tokenizer": (file("tokenizer.json", "{}"), ("the tokenizer cannot be loaded",)),
     "tokenizer-config": (file("tokenizer_config.json", "["), ("the tokenizer cannot be loaded",)),
+    # These two were found by fuzzing (tests/fuzz): a panic of the Rust library, a setting looked at late.
+    "tokenizer-panics": (tokenizer("continuing_subword_prefix", "</s>"), ("the tokenizer cannot be loaded",)),
+    "tokenizer-length": (
+        file("tokenizer_config.json", '{"eos_token": "</s>", "model_max_length": "256"}'),
+        ("the tokenizer cannot be loaded",),
+    ),
     "no-eos": (file("tokenizer_config.json", "{}"), ("no EOS token", "append_eos=false")),
 }  # fmt: skip
 
@@ -353,6 +372,7 @@ def test_a_tokenizer_of_another_model(
     for command, arguments in (
         (edit, edit_arguments(tmp_path / "out", model_name_or_path=folder)),
         (evaluate, ["--model", folder, "--data", edits_file]),
+        (ask, ["--model", folder, "The sign of Orvik is"]),
     ):
         message = refused(command, arguments)
         assert [text for text in said if text not in message] == [], message
@@ -409,10 +429,30 @@ def test_weights_that_are_not_finite(refused, edit_arguments, edits_file, tiny_m
     for command, arguments in (
         (edit, edit_arguments(tmp_path / "out", model_name_or_path=folder)),
         (evaluate, ["--model", folder, "--data", edits_file, "--out", tmp_path / "out"]),
+        (ask, ["--model", folder, "Who?"]),
     ):
         message = refused(command, arguments, loads=True)
         assert f"{folder}: NaN or infinity (as float32) in these tensors" in message
         assert [line.strip() for line in message.splitlines()[1:]] == [DOWN, "model.norm.weight"]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        (WEIGHTS, raw(lambda b: b), "no delta of this program"),
+        ("delta.safetensors", raw(lambda b: b[:-9], "delta.safetensors"), "the file is truncated"),
+        ("delta.safetensors", file("delta.safetensors", POINTER), "git-lfs pointer"),
+        ("gone.safetensors", raw(lambda b: b), "No such file"),
+    ],
+)
+def test_deltas(refused, tiny_model_dir, edits_file, tmp_path, name, damage, said):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    checkpoint = hf.open_checkpoint(str(folder))
+    new = {DOWN: np.zeros(checkpoint.tensors[DOWN].shape, np.float32)}
+    save_delta(make_delta(checkpoint, new, {}), folder / "delta.safetensors")
+    damage(folder)
+    message = refused(evaluate, ["--model", folder, "--data", edits_file, "--delta", folder / name])
+    assert str(folder / name) in message and said in message
 
 
 # ---------------------------------------------------------------- memory and disk
@@ -441,11 +481,11 @@ def test_memory(refused, edit_arguments, tmp_path, monkeypatch, kib, shared, cha
     assert remedy in message, message
 
 
-def test_memory_to_evaluate(refused, edits_file, tiny_model_dir, monkeypatch):
+def test_memory_to_evaluate_and_ask(refused, edits_file, tiny_model_dir, monkeypatch):
     monkeypatch.setattr(memory, "device_memory", lambda mesh: Room(1024, False))
-    assert "weights), but 1.00 KiB are free" in refused(
-        evaluate, ["--model", tiny_model_dir, "--data", edits_file]
-    )
+    for command, what in ((evaluate, ["--data", edits_file]), (ask, ["Who?"])):
+        message = refused(command, ["--model", tiny_model_dir, *what])
+        assert "weights), but 1.00 KiB are free" in message
 
 
 @pytest.mark.parametrize(
@@ -464,6 +504,16 @@ def test_disk(refused, edit_arguments, tmp_path, monkeypatch, kib, export, remed
     message = refused(edit, edit_arguments(tmp_path / "out", **changes))
     assert f"--out: {tmp_path} has " in message and "the results need about" in message
     assert remedy in message, message
+
+
+def test_a_place_that_cannot_be(refused, edit_arguments, edits_file, tiny_model_dir, tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for out in (tmp_path / ("x" * 300), loop / "out"):
+        measure = ["--model", tiny_model_dir, "--data", edits_file, "--out", out]
+        for command, arguments in ((edit, edit_arguments(out)), (evaluate, measure)):
+            message = refused(command, arguments)
+            assert "--out: " in message and "cannot be used (" in message
 
 
 # ---------------------------------------------------------------- what is counted instead

@@ -71,6 +71,7 @@ def test_defaults_are_the_references():
         64,
         ("hf", "delta", "orbax"),
     )
+    assert c.norm_constraint is None
     assert (c.num_edits, c.save_model_dir, c.eval_sample, c.memory_budget) == (None,) * 4
 
 
@@ -243,12 +244,8 @@ def test_source_is_not_a_key():
 @pytest.mark.parametrize(
     ("setting", "supported"),
     [
-        ("pipeline=depth", "breadth"),
-        ("method=ft-l", "ft-m"),
         ("weights=int8", "checkpoint, float32, bfloat16"),
-        ("preserve=soft", "none"),
-        ("preserve_strength=0.5", "null"),
-        ("preserve_data=x.json", "null"),
+        ("preserve=kfac", "none, soft, null"),
         ("preserve_kl=much", "null"),
         ("augment_prefixes=5", "0"),
         ("eval_every=2", "null"),

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from locft_jax.errors import UserError
+from locft_jax.errors import UserError, is_panic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[str], chat_template: bool = Fal
         return []
     if not chat_template:
         closing = _closing_specials(tokenizer)
-        return [ids[: len(ids) - closing] for ids in tokenizer(list(prompts))["input_ids"]]
+        return [ids[: len(ids) - closing] for ids in _tokenize(tokenizer, prompts)]
     if not tokenizer.chat_template:
         raise UserError("chat_template: this model's tokenizer has no chat template; use chat_template=false")
     messages = [[{"role": "user", "content": p}] for p in prompts]
@@ -117,7 +117,17 @@ def prompt_ids(tokenizer: Any, prompts: Sequence[str], chat_template: bool = Fal
         raise UserError(
             f"chat_template: this model's template fails ({reason}); use chat_template=false"
         ) from None
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return _tokenize(tokenizer, texts, add_special_tokens=False)
+
+
+def _tokenize(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[list[int]]:
+    try:
+        return tokenizer(list(texts), **options)["input_ids"]
+    except BaseException as e:  # a damaged tokenizer.json may fail at some texts only, and in any way
+        if isinstance(e, MemoryError) or not (isinstance(e, Exception) or is_panic(e)):
+            raise
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise UserError(f"model: its tokenizer fails ({reason}); fetch the tokenizer's files again") from None
 
 
 def spaced(target: str) -> str:
@@ -147,11 +157,11 @@ def encode_pairs(
     """
     heads = prompt_ids(tokenizer, prompts, chat_template)
     if chat_template:
-        tails = tokenizer([t.strip() for t in targets], add_special_tokens=False)["input_ids"]
+        tails = _tokenize(tokenizer, [t.strip() for t in targets], add_special_tokens=False)
         merges = 0
     else:
         texts = [p + spaced(t) for p, t in zip(prompts, targets, strict=True)]
-        wholes = tokenizer(texts)["input_ids"] if texts else []
+        wholes = _tokenize(tokenizer, texts) if texts else []
         suffix = _closing_specials(tokenizer)
         tails, merges = [], 0
         for i, (head, whole) in enumerate(zip(heads, wholes, strict=True)):
@@ -210,8 +220,8 @@ def _check(corpus: Corpus, prompts: Sequence[str], max_length: int | None, vocab
 
 def _closing_specials(tokenizer: Any) -> int:
     """How many special tokens the tokenizer appends to a text (T5-like ones add EOS)."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
+    plain = _tokenize(tokenizer, ["a"], add_special_tokens=False)[0]
+    full = _tokenize(tokenizer, ["a"])[0]
     for end in range(len(full), len(plain) - 1, -1):
         if full[end - len(plain) : end] == plain:
             return len(full) - end
@@ -221,8 +231,8 @@ def _closing_specials(tokenizer: Any) -> int:
 def _target_alone(tokenizer: Any, head: list[int], target: str, text: str) -> list[int]:
     """Ids of the target by itself that continue `head` to the right text: with its space, or
     without where the tokenizer puts one before every word (sentencepiece)."""
-    with_space = tokenizer(spaced(target), add_special_tokens=False)["input_ids"]
-    without = tokenizer(target.lstrip(" "), add_special_tokens=False)["input_ids"]
+    spellings = [spaced(target), target.lstrip(" ")]
+    with_space, without = _tokenize(tokenizer, spellings, add_special_tokens=False)
     for ids in (with_space, without):
         whole = tokenizer.decode([*head, *ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if whole == text:

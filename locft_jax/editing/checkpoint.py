@@ -209,6 +209,7 @@ def describe_run(
     site: Sequence[str],
     mesh: Mesh,
     start: Delta | None = None,
+    retained: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """All that a run's result follows from, in JSON types: another run must not go on from it."""
     return {
@@ -218,6 +219,7 @@ def describe_run(
         "data_sha256": data.sha256,
         "capability": digest([dataclasses.asdict(item) for item in capability]),
         "base_model": base_digest(checkpoint, site),
+        "preserve_texts": digest([{"text": text} for text in retained or ()]),
         "start": start and digest([{n: a.tobytes().hex() for n, a in start.new.items()}]),
         "versions": versions(),
     }

@@ -1,4 +1,5 @@
-"""Breadth-first editing: shuffled epochs over all edits, mini-batches, early stop.
+"""The loop over mini-batches: breadth-first (shuffled epochs over all edits, early stop) or depth-first
+(each mini-batch to convergence in turn, one pass).
 
 The device never waits for the host: batches are packed and sent ahead by a thread, and a step is
 dispatched before the loss of the one before it is read.
@@ -10,10 +11,11 @@ import itertools
 import math
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -31,7 +33,8 @@ class NonFiniteLoss(FloatingPointError):
 
 @dataclasses.dataclass(frozen=True)
 class StepRecord:
-    """One line of steps.jsonl. `tokens` counts useful tokens, not padding."""
+    """One line of steps.jsonl. `epoch`: depth-first, the number of the mini-batch. `tokens` counts useful
+    tokens, not padding."""
 
     epoch: int
     step: int
@@ -43,14 +46,15 @@ class StepRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """What a breadth-first run does, apart from the model."""
+    """What a run does, apart from the model."""
 
     batch_size: int
-    epochs: int
+    epochs: int  # depth-first: steps on a mini-batch, at most
     seed: int
     average: str  # "example" | "token"
     row_length: int
     hyper: Hyper
+    pipeline: str = "breadth"  # | "depth"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Outcome:
     """How a run ended."""
 
     state: EditState
-    epoch_losses: list[float]
+    epoch_losses: list[float]  # depth-first: the last loss of every mini-batch
     records: list[StepRecord]  # of every step
     stopped: str  # "loss_floor" | "epochs"
 
@@ -70,13 +74,37 @@ def place_batch(batch: Batch, mesh: Mesh) -> Batch:
 
 
 def run_shape(corpus: Corpus, schedule: Schedule, mesh: Mesh) -> Shape:
-    """The one shape that holds every batch of every epoch (they follow from the seed)."""
-    batches = [b for e in range(schedule.epochs) for b in _epoch(corpus, schedule, e)]
-    return fit_shape(corpus, batches, schedule.row_length, mesh.shape["data"])
+    """The one shape that holds every batch of the run (they follow from the seed)."""
+    return fit_shape(corpus, list(_visits(corpus, schedule)), schedule.row_length, mesh.shape["data"])
 
 
-def _epoch(corpus: Corpus, schedule: Schedule, epoch: int) -> Iterator[np.ndarray]:
-    return epoch_batches(len(corpus), schedule.batch_size, schedule.seed, epoch)
+def _visits(corpus: Corpus, schedule: Schedule) -> Iterator[np.ndarray]:
+    """The mini-batches as the run comes to them: those of every epoch (breadth-first), or each of them
+    once, in the order of the data (depth-first)."""
+    count, size = len(corpus), schedule.batch_size
+    if schedule.pipeline == "depth":
+        yield from (np.arange(start, min(start + size, count)) for start in range(0, count, size))
+        return
+    for epoch in range(schedule.epochs):
+        yield from epoch_batches(count, size, schedule.seed, epoch)
+
+
+def _position(schedule: Schedule, done: Sequence[StepRecord]) -> tuple[int, int]:
+    """Where a run goes on after these steps: (visit, steps made on its mini-batch)."""
+    if schedule.pipeline == "breadth" or not done:
+        return len(done), 0
+    visit = done[-1].epoch
+    made = sum(r.epoch == visit for r in done)
+    return (visit + 1, 0) if done[-1].skipped or made == schedule.epochs else (visit, made)
+
+
+def _fresh(optimizer: Any) -> Callable[[], Any]:
+    """Makes Adam's state before its first step, where `optimizer` lies."""
+    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), optimizer)
+    return jax.jit(
+        lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like),
+        out_shardings=jax.tree.map(lambda a: a.sharding, optimizer),
+    )
 
 
 def ahead(items: Iterator[Any], depth: int = 2) -> Generator[Any, None, None]:
@@ -127,7 +155,7 @@ class Keeper(Protocol):
         """Save it; the state is donated to the next step when this returns."""
 
 
-def breadth_first(
+def run_pipeline(
     spec: ModelSpec,
     weights: Weights,
     state: EditState,
@@ -140,13 +168,17 @@ def breadth_first(
     base: Edits = {},  # noqa: B006 (never written to)
     done: Sequence[StepRecord] = (),
     keeper: Keeper | None = None,
+    preserve: Mapping[str, jax.Array] = {},  # noqa: B006 (never written to)
 ) -> Outcome:
-    """LocFT-BF's loop (method.md, Training): at most `epochs` shuffled passes in mini-batches; stops
-    when an epoch's mean loss (by example, skipped batches included) falls below the floor.
+    """The editing loop (method.md, Training). Breadth-first, LocFT-BF's: at most `epochs` shuffled passes
+    in mini-batches; stops when an epoch's mean loss (by example, skipped batches included) falls below
+    the floor. Depth-first: one pass in the order of the data; every mini-batch begins with a fresh Adam
+    and gets at most `epochs` steps, the last of them the one whose loss is below the floor (a skip).
 
     `state` is consumed (donated). `shape` overrides `run_shape` (a larger one gives the same result);
     `base`: edits that the model already carries; `done`: the steps that led to `state`, in a run that
-    goes on; `keeper` is given the state whenever it says that it is due.
+    goes on; `keeper` is given the state whenever it says that it is due;
+    `preserve`: matrices that every update is multiplied with (editing/preserve.py).
     Raises NonFiniteLoss naming epoch, step and batch.
     """
     shape = shape or run_shape(corpus, schedule, mesh)
@@ -154,32 +186,33 @@ def breadth_first(
     hyper = jax.device_put(schedule.hyper, everywhere)
     # Counts begin where a step leaves them: elsewhere, the second step would compile anew.
     state = jax.tree.map(lambda a: a if a.ndim else jax.device_put(a, everywhere), state)
-    per_epoch = -(-len(corpus) // schedule.batch_size)
+    depth = schedule.pipeline == "depth"
+    per_epoch = 1 if depth else -(-len(corpus) // schedule.batch_size)  # visits
     floor = schedule.hyper.loss_floor
+    first, made = _position(schedule, done)
+    fresh = _fresh(state.optimizer)
 
     def prepare() -> Iterator[tuple[np.ndarray, Any, Batch]]:
-        first = len(done) // per_epoch
-        for epoch in range(first, schedule.epochs):
-            made = len(done) % per_epoch if epoch == first else 0
-            for which in itertools.islice(_epoch(corpus, schedule, epoch), made, None):
-                batch = pack(corpus, which, shape, schedule.average)
-                assert batch is not None, "run_shape saw every batch"
-                array, batch = source.feed(batch)
-                yield which, jax.device_put(array, everywhere), place_batch(batch, mesh)
+        for which in itertools.islice(_visits(corpus, schedule), first, None):
+            batch = pack(corpus, which, shape, schedule.average)
+            assert batch is not None, "run_shape saw every batch"
+            array, batch = source.feed(batch)
+            yield which, jax.device_put(array, everywhere), place_batch(batch, mesh)
 
     records = list(done)
-    pending: tuple[np.ndarray, jax.Array] | None = None
+    pending: tuple[int, np.ndarray, jax.Array] | None = None
 
     def read() -> None:
         """Wait for the loss of the step that was dispatched last, and record it."""
         nonlocal pending
         if pending is None:
             return
-        (which, loss), pending = pending, None
-        epoch, value = len(records) // per_epoch, float(jax.device_get(loss))
+        (epoch, which, loss), pending = pending, None
+        value = float(jax.device_get(loss))
         if not math.isfinite(value):
+            what = "mini-batch" if depth else "epoch"
             raise NonFiniteLoss(
-                f"the loss is {value} in epoch {epoch + 1}, step {len(records) + 1}, over the edits "
+                f"the loss is {value} in {what} {epoch + 1}, step {len(records) + 1}, over the edits "
                 f"{', '.join(map(str, which[:8]))}{', ...' if len(which) > 8 else ''} (counted from 0); "
                 "a smaller lr, or weights and data without NaN or infinity, would be right"
             )
@@ -189,21 +222,38 @@ def breadth_first(
         on_step(record)
 
     with contextlib.closing(ahead(prepare())) as batches:
-        for step, (which, array, batch) in enumerate(batches, len(done) + 1):
-            if step > 1 and (step - 1) % per_epoch == 0:  # the first of another epoch
+        for visit, (which, array, batch) in enumerate(batches, first):
+            if not depth and visit and visit % per_epoch == 0:  # the first of another epoch
                 read()
                 if mean_loss(records[-per_epoch:]) < floor:
                     break
-            state, loss = train_step(spec, source.layer, hyper, state, weights, base, array, batch)
-            read()  # of the step before: the device is busy with this one
-            pending = which, loss
-            if keeper is not None and keeper.due(step):
-                read()
-                keeper.save(state, records)
+            if depth and not made:
+                state = EditState(state.theta, fresh())
+            for _ in range(made, schedule.epochs if depth else 1):
+                state, loss = train_step(
+                    spec, source.layer, hyper, state, weights, base, array, batch, preserve
+                )
+                read()  # of the step before: the device is busy with this one
+                pending = visit // per_epoch, which, loss
+                due = keeper is not None and keeper.due(len(records) + 1)
+                if depth or due:  # depth-first, the loss says which step comes next
+                    read()
+                if keeper is not None and due:
+                    keeper.save(state, records)
+                if depth and records[-1].skipped:
+                    break
+            made = 0
     read()
-    losses = [mean_loss(records[i : i + per_epoch]) for i in range(0, len(records), per_epoch)]
-    stopped = "loss_floor" if losses and losses[-1] < floor else "epochs"
-    return Outcome(state, losses, records, stopped)
+    losses = [mean_loss(own) for own in _rounds(records, depth)]
+    ended = losses if depth else losses[-1:]
+    return Outcome(state, losses, records, "loss_floor" if ended and max(ended) < floor else "epochs")
+
+
+def _rounds(records: Sequence[StepRecord], depth: bool) -> Iterator[Sequence[StepRecord]]:
+    """The steps of every epoch; depth-first, the last step of every mini-batch."""
+    for _, group in itertools.groupby(records, lambda r: r.epoch):
+        own = list(group)
+        yield own[-1:] if depth else own
 
 
 def mean_loss(records: Sequence[StepRecord]) -> float:

@@ -14,8 +14,9 @@ from locft_jax.config import Config, resolve_layers
 from locft_jax.data.requests import EditRequest
 from locft_jax.data.tokens import Corpus, encode_pairs
 from locft_jax.editing.checkpoint import Checkpoints
-from locft_jax.editing.pipeline import Outcome, Schedule, StepRecord, breadth_first
+from locft_jax.editing.pipeline import Outcome, Schedule, StepRecord, run_pipeline
 from locft_jax.editing.prefix import cached_source, choose_mode
+from locft_jax.editing.preserve import make_preserve
 from locft_jax.editing.site import find_site, first_layer, materialize, parameters, read_site
 from locft_jax.editing.step import Hyper, init_state
 from locft_jax.errors import UserError
@@ -51,27 +52,32 @@ def schedule_of(config: Config) -> Schedule:
         seed=config.seed,
         average=config.loss_average,
         row_length=config.row_length,
-        hyper=Hyper(config.lr, config.weight_decay, config.loss_floor),
+        hyper=Hyper(config.lr, config.weight_decay, config.loss_floor, config.norm_constraint),
+        pipeline=config.pipeline,
     )
 
 
 def encode_requests(
     model_tokenizer: object, requests: Sequence[EditRequest], config: Config, spec: ModelSpec
 ) -> Corpus:
-    """Training texts of the requests, EOS included (method.md, An edit). Raises UserError when the
-    tokenizer has no EOS to append, or as `encode_pairs` does."""
+    """Training texts of the requests, EOS included (method.md, An edit). For `ft-l` only the last
+    token of a target is trained; EOS, which says nothing of the fact, is left out. Raises UserError when
+    the tokenizer has no EOS to append, or as `encode_pairs` does."""
     eos = getattr(model_tokenizer, "eos_token_id", None)
-    if config.append_eos and eos is None:
+    append = config.append_eos and config.method != "ft-l"
+    if append and eos is None:
         raise UserError("append_eos: this model's tokenizer has no EOS token; use append_eos=false")
-    return encode_pairs(
+    corpus = encode_pairs(
         model_tokenizer,
         [r.prompt for r in requests],
         [r.target_new for r in requests],
-        eos=eos if config.append_eos else None,
+        eos=eos if append else None,
         chat_template=config.chat_template,
         max_length=spec.max_position,
         vocab_size=spec.vocab_size,
     )
+    last = corpus.lengths - 1
+    return dataclasses.replace(corpus, target_start=last) if config.method == "ft-l" else corpus
 
 
 def check_fit(
@@ -79,12 +85,12 @@ def check_fit(
 ) -> list[str]:
     """Warnings of memory that may not suffice. Raises UserError, before any weight is loaded, where it
     certainly does not, or as `choose_mode` does."""
-    spec, dtype = checkpoint.spec, frozen_dtype(checkpoint, config.weights)
+    spec, itemsize = checkpoint.spec, frozen_dtype(checkpoint, config.weights).itemsize
     layer = first_layer(spec, site)
-    cache = len(corpus.tokens) * spec.d_model * np.dtype(dtype).itemsize
+    cache = len(corpus.tokens) * spec.d_model * itemsize
     choose_mode(config.prefix_cache, layer, cache, *memory_budgets(config.memory_budget))
     step = step_of(corpus, config.batch_size, config.row_length, layer)
-    notes = check_memory(spec, mesh, np.dtype(dtype).itemsize, site, step)
+    notes = check_memory(spec, mesh, itemsize, site, step)
     if "orbax" in config.export and checkpoint.nbytes() > host_memory():
         notes.append(
             f"the orbax export gathers {as_text(checkpoint.nbytes())} in host memory, where "
@@ -101,10 +107,12 @@ def run_edit(
     on_step: Callable[[StepRecord], None] = lambda record: None,
     start: Mapping[str, np.ndarray] | None = None,
     checkpoints: Checkpoints | None = None,
+    retained: Sequence[str] | None = None,
 ) -> Edited:
     """LocFT-BF on one model: the given model is not changed. `start`: values that the site's tensors
     begin with (HF names; default: the model's own). With `checkpoints` the run goes on from the newest
-    one and leaves others; `on_step` is told of the steps made before too.
+    one and leaves others; `on_step` is told of the steps made before too. `retained`: texts for the config's
+    `preserve` (None: the model's own).
 
     Raises NonFiniteLoss, and Interrupted when a signal asked to stop.
     """
@@ -125,7 +133,8 @@ def run_edit(
     source = cached_source(
         model.spec, model.weights, corpus, layer, mode, model.mesh, config.row_length, base=base
     )
-    outcome = breadth_first(
+    preserve = make_preserve(model, site, config, retained)
+    outcome = run_pipeline(
         model.spec,
         model.weights,
         state,
@@ -137,6 +146,7 @@ def run_edit(
         base=base,
         done=done,
         keeper=checkpoints,
+        preserve=preserve,
     )
     tensors = to_checkpoint_dtype(model.checkpoint, materialize(outcome.state.theta, base))
     seconds = time.monotonic() - begin

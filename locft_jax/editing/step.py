@@ -6,6 +6,7 @@ size exists; the frozen weights are an argument of their own that is only read.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from locft_jax.data.tokens import Batch
 from locft_jax.editing.site import Theta, materialize
 from locft_jax.model import decoder
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Edits, Weights
+from locft_jax.model.weights import Edits, Weights, take_tensor
 
 
 @jax.tree_util.register_dataclass
@@ -36,15 +37,31 @@ class Hyper:
     lr: float
     weight_decay: float
     loss_floor: float
+    norm_constraint: float | None = None  # no element moves further than this from the base (FT-L)
 
 
-def make_optimizer(hyper: Hyper) -> optax.GradientTransformationExtraArgs:
+def precondition(inputs: Mapping[str, jax.Array]) -> optax.GradientTransformation:
+    """Updates U [out, in] -> U P for the tensors that have a P [in, in] (editing/preserve.py); the others
+    stay as they are. No state; with nothing in `inputs` no operation."""
+
+    def update(updates: Theta, params: Theta | None = None) -> Theta:
+        product = functools.partial(jnp.einsum, "oi,ij->oj", precision=jax.lax.Precision.HIGHEST)
+        return {n: product(u, inputs[n]) if n in inputs else u for n, u in updates.items()}
+
+    return optax.stateless(update)
+
+
+def make_optimizer(
+    hyper: Hyper,
+    preserve: Mapping[str, jax.Array] = {},  # noqa: B006 (never written to)
+) -> optax.GradientTransformationExtraArgs:
     """torch.optim.Adam (0.9, 0.999, 1e-8) with L2 weight decay in the gradient, at a constant
     rate; a batch with loss below the floor moves neither the weights nor Adam's moments and count
-    (method.md, Training)."""
+    (method.md, Training). `preserve`: the matrices that updates are multiplied with, after Adam."""
     adam = optax.chain(
         optax.add_decayed_weights(hyper.weight_decay),
         optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
+        precondition(preserve),
         optax.scale_by_learning_rate(hyper.lr),
     )
     # A NaN compares False: it makes no step either, and the loop reports it as the error it is.
@@ -98,10 +115,22 @@ def train_step(
     base: Edits,
     source: jax.Array,
     batch: Batch,
+    preserve: Mapping[str, jax.Array] = {},  # noqa: B006 (never written to)
 ) -> tuple[EditState, jax.Array]:
-    """One breadth-first step on one packed batch: (state, frozen weights, inputs) -> (state, loss)."""
+    """One step on one packed batch: (state, frozen weights, inputs) -> (state, loss)."""
     loss, grads = jax.value_and_grad(batch_loss, argnums=2)(
         spec, start, state.theta, weights, base, source, batch
     )
-    updates, optimizer = make_optimizer(hyper).update(grads, state.optimizer, state.theta, loss=loss)
-    return EditState(optax.apply_updates(state.theta, updates), optimizer), loss
+    updates, optimizer = make_optimizer(hyper, preserve).update(
+        grads, state.optimizer, state.theta, loss=loss
+    )
+    theta = optax.apply_updates(state.theta, updates)
+    return EditState(bounded(spec, theta, weights, base, hyper.norm_constraint), optimizer), loss
+
+
+def bounded(spec: ModelSpec, theta: Theta, weights: Weights, base: Edits, bound: float | None) -> Theta:
+    """theta clipped to what stands in the model (edits `base` first) +- `bound`; None: as it is."""
+    if bound is None:
+        return theta
+    own = {n: jnp.float32(base[n] if n in base else take_tensor(spec, weights, n)) for n in theta}
+    return {n: jnp.clip(a, own[n] - bound, own[n] + bound) for n, a in theta.items()}

@@ -49,8 +49,9 @@ def print_report(
         for line in answers:
             shown.add_row(*(plain(line[k] or "") for k in ("probe", "prompt", "before", "after", "target")))
         console.print(shown)
+    rounds = "mini-batches" if report.get("pipeline") == "depth" else "epochs"
     console.print(
-        f"{report['epochs_run']} epochs, {report['steps_run']} steps, stopped by {report['stopped']}; "
+        f"{report['epochs_run']} {rounds}, {report['steps_run']} steps, stopped by {report['stopped']}; "
         f"{report['seconds']['edit']:.1f} s for the edit, {report['seconds_per_edit']:.4f} s an edit; "
         f"{report['site']['parameters']:,} parameters tuned in {len(report['site']['tensors'])} tensor(s)"
     )

@@ -80,7 +80,9 @@ def _faults(header: dict[str, Any], room: int) -> list[str]:
         begin, end = place
         needed = math.prod(shape) * SIZES.get(str(info.get("dtype")), 0)
         if end > room or begin > end:
-            faults.append(f"tensor {name!r:.80} should lie at {begin:,} to {end:,} of {room:,} bytes of data")
+            short = ", the file is truncated" if begin <= end else ""
+            where = f"{begin:,} to {end:,} of {room:,} bytes of data{short}"
+            faults.append(f"tensor {name!r:.80} should lie at {where}")
         elif needed and needed != end - begin:
             faults.append(f"tensor {name!r:.80} has {end - begin:,} bytes, shape and dtype need {needed:,}")
         else:

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors import safe_open
 
-from locft_jax.errors import UserError
+from locft_jax.errors import UserError, is_panic
 from locft_jax.files import whole_folder
 from locft_jax.model.headers import SIZES, read_header
 from locft_jax.model.sharding import make_mesh, tensor_sharding
@@ -274,8 +274,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             str(checkpoint.folder), trust_remote_code=False, local_files_only=True
         )
-    except Exception as e:  # any failure here means an unusable tokenizer folder
-        raise UserError(f"{checkpoint.folder}: the tokenizer cannot be loaded ({str(e)[:200]})") from None
+        tokenizer("a")  # some settings are only looked at here
+    except BaseException as e:  # any failure means unusable files
+        if not (isinstance(e, Exception) or is_panic(e)):
+            raise
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"{checkpoint.folder}: the tokenizer cannot be loaded ({reason})") from None
     if not tokenizer.is_fast:
         raise UserError(f"{checkpoint.folder}: no fast tokenizer (tokenizer.json) in this model folder")
     return tokenizer
@@ -353,9 +357,10 @@ def load_opened(checkpoint: Checkpoint, tokenizer: Any, mesh: Mesh, weights: str
     return Model(checkpoint, loaded, tokenizer, mesh)
 
 
-def frozen_dtype(checkpoint: Checkpoint, weights: str) -> Any:
+def frozen_dtype(checkpoint: Checkpoint, weights: str) -> np.dtype:
     """numpy dtype of the frozen weights for the key `weights`."""
-    return {"checkpoint": checkpoint.dtype, "float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[weights]
+    own = {"checkpoint": checkpoint.dtype, "float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+    return np.dtype(own[weights])
 
 
 def check_finite(checkpoint: Checkpoint, weights: Weights) -> None:

@@ -60,6 +60,28 @@ def test_many_edits(tmp_path):
     assert result["off_linear"]["edit"] == pytest.approx(second / first / 4 - 1)
 
 
+def test_streaming():
+    result = script("streaming.py")
+    assert result["benchmark"] == "streaming"
+    assert [len(row) for row in result["curve"]] == [1, 2]
+    assert all(0 <= rate <= 1 for row in result["curve"] for rate in row)
+
+
+def test_pipelines():
+    result = script("pipelines.py")
+    assert result["benchmark"] == "pipelines"
+    cells = [(row["pipeline"], row["batch"], row["method"]) for row in result["rows"]]
+    assert cells == [
+        ("depth", 1, "ft-m"),
+        ("breadth", 1, "ft-m"),
+        ("depth", 3, "ft-m"),
+        ("breadth", 3, "ft-m"),
+        ("depth", 1, "ft-l"),
+        ("breadth", 1, "ft-l"),
+    ]
+    assert [row["steps"] for row in result["rows"]] == [12, 12, 4, 4, 12, 12]
+
+
 @pytest.mark.parity
 def test_gpu_edit(torch):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -71,3 +93,12 @@ def test_gpu_edit(torch):
         assert name == "ours" or side["ratio"] > 0
     own = result["sides"]["ours"]
     assert 0 < own["peak_share"] < 1 and own["losses"][1] < own["losses"][0]
+
+
+def test_preserve():
+    result = script("preserve.py")
+    assert result["benchmark"] == "preserve"
+    assert [row["preserve"] for row in result["rows"]] == ["none", "soft"]
+    for row in result["rows"]:
+        assert row["mean"].keys() == row["spread"].keys()
+        assert row["runs"][0]["seconds"] > 0 and 0 <= row["mean"]["lost"] <= 1

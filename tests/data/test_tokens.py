@@ -129,6 +129,40 @@ def test_texts_that_cannot_be_trained_on_are_named(tokenizer):
     tokens_only_for_letters.backend_tokenizer.model.unk_token = None
     with pytest.raises(UserError, match="the target of 'ab' -> 'é' has no tokens"):
         tk.encode_pairs(tokens_only_for_letters, ["ab"], ["é"])
+    with pytest.raises(UserError, match="the prompt 'é' has no tokens"):
+        tk.check_prompts(tokens_only_for_letters, ["ab", "é"])
+    with pytest.raises(UserError, match=r"begins 'aaaaa.*\(2 such texts in all\).*holds 40"):
+        tk.check_prompts(tokenizer, ["x", long, long + "b"], max_length=40)
+
+
+@pytest.mark.parametrize("kind", ["PanicException", "TypeError"])
+def test_a_tokenizer_that_fails_at_a_text(kind):
+    """Found by fuzzing: a damaged tokenizer.json that loads may make the Rust library panic later, and
+    what it raises then is no Exception."""
+    failure = TypeError if kind == "TypeError" else type(kind, (BaseException,), {})
+
+    def tokenizer(texts, **options):
+        raise failure("index out of bounds:\nthe len is 3")
+
+    with pytest.raises(UserError, match=f"tokenizer fails \\({kind}: index out of bounds: the len"):
+        tk.prompt_ids(tokenizer, ["a"])
+    failure = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        tk.prompt_ids(tokenizer, ["a"])
+
+
+def test_ids_beyond_the_vocabulary_are_named_with_their_text(tokenizer):
+    most = max(max(ids) for ids in tokenizer(PROMPTS)["input_ids"])
+    tk.check_prompts(tokenizer, PROMPTS, vocab_size=most + 1)
+    which = next(p for p in PROMPTS if most in tokenizer(p)["input_ids"])
+    with pytest.raises(UserError) as error:
+        tk.check_prompts(tokenizer, PROMPTS, vocab_size=most)
+    assert f"gives id {most} in the text that begins {which!r}, but its vocab_size is {most}" in str(
+        error.value
+    )
+    with pytest.raises(UserError, match="in the text that begins 'Who founded"):
+        tk.encode_pairs(tokenizer, PROMPTS, TARGETS, eos=0, vocab_size=0)
+    assert len(tk.encode_pairs(tokenizer, PROMPTS, TARGETS, vocab_size=320)) == 3
 
 
 def test_real_requests_with_a_real_sentencepiece_vocabulary(shared_data):

@@ -85,6 +85,15 @@ def signal_at(monkeypatch, step: int, number: int = signal.SIGTERM):
 # ---------------------------------------------------------------- kill -9, SIGTERM
 
 
+# `python -m locft_jax.edit`, with torch hidden: transformers would take seconds to import it each time.
+PROGRAM = """\
+import sys
+sys.modules["torch"] = None
+from locft_jax.edit import main, run_command
+sys.exit(run_command(main))
+"""
+
+
 def start(arguments: list[str], cache: Path) -> subprocess.Popen:
     """The edit command as a program of its own, with compiled code shared among all of them."""
     environment = {
@@ -95,7 +104,7 @@ def start(arguments: list[str], cache: Path) -> subprocess.Popen:
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, "-m", "locft_jax.edit", *arguments]
+    command = [sys.executable, "-c", PROGRAM, *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment, cwd=cache, **pipes)
 
@@ -179,6 +188,18 @@ def test_stopped_at_a_step_and_resumed(edit_arguments, tmp_path, undisturbed, mo
     assert result(tmp_path / "out") == expected and "checkpoint" not in names(tmp_path / "out")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["resumed"] == [saved]
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_a_depth_first_run_is_resumed(edit_arguments, tmp_path, undisturbed, monkeypatch, step):
+    """In a mini-batch, and beyond its end, which the losses decide."""
+    settings = {**SHORT, "pipeline": "depth", "num_steps": 6, "loss_floor": 1.5, "method": "ft-l"}
+    arguments = edit_arguments(tmp_path / "out", **settings)
+    with signal_at(monkeypatch, step):
+        assert run_command(edit, arguments) == 1
+    assert run_command(edit, [*arguments, "--resume"]) == 0
+    assert result(tmp_path / "out") == undisturbed(settings)
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["resumed"] == [step]
 
 
 def test_resumed_on_a_mesh(edit_arguments, tmp_path, undisturbed, monkeypatch):

@@ -1,6 +1,7 @@
 """The edit step against a plain torch loop that follows the reference, and what it costs in memory."""
 
 import copy
+import dataclasses
 import functools
 import sys
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from locft_jax.data.tokens import (  # noqa: E402
     epoch_batches,
     fit_shape,
 )
-from locft_jax.editing.pipeline import Schedule, breadth_first  # noqa: E402
+from locft_jax.editing.pipeline import Schedule, run_pipeline  # noqa: E402
 from locft_jax.editing.prefix import cached_source  # noqa: E402
 from locft_jax.editing.site import find_site, first_layer, read_site  # noqa: E402
 from locft_jax.editing.step import (  # noqa: E402
@@ -91,7 +92,7 @@ def run_ours(world, site, schedule, mode):
     source = cached_source(spec, world.weights, world.corpus, layer, mode, world.mesh, 32)
     state = init_state(read_site(spec, world.weights, site, world.mesh))
     records = []
-    out = breadth_first(
+    out = run_pipeline(
         spec, world.weights, state, world.corpus, source, schedule, world.mesh, records.append, world.shape
     )
     adam = next(s for s in jax.tree.leaves(out.state.optimizer, is_leaf=is_adam) if is_adam(s))
@@ -120,22 +121,13 @@ def run_torch(torch, world, site, schedule):
         p.requires_grad_(True)
     hyper, corpus = schedule.hyper, world.corpus
     adam = torch.optim.Adam(tuned.values(), lr=hyper.lr, weight_decay=hyper.weight_decay)
+    if schedule.pipeline == "depth":
+        return run_torch_depth(torch, world, model, tuned, schedule)
     losses, skipped, epochs, stopped = [], [], [], "epochs"
     for epoch in range(schedule.epochs):
         total = 0.0
         for which in epoch_batches(len(corpus), schedule.batch_size, schedule.seed, epoch):
-            longest = corpus.lengths[which].max()
-            ids = torch.zeros((len(which), longest), dtype=torch.long)
-            labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
-            for j, i in enumerate(which):
-                text = torch.tensor(corpus.tokens[corpus.offsets[i] : corpus.offsets[i + 1]])
-                ids[j, : len(text)], mask[j, : len(text)] = text.long(), 1
-                labels[j, corpus.target_start[i] : len(text)] = text[corpus.target_start[i] :].long()
-            logits = model(ids, attention_mask=mask).logits[:, :-1].transpose(1, 2)
-            nats = torch.nn.functional.cross_entropy(logits, labels[:, 1:], reduction="none")
-            of = (labels[:, 1:] != -100).float()
-            by_example = ((nats * of).sum(1) / of.sum(1)).mean()
-            loss = by_example if schedule.average == "example" else (nats * of).sum() / of.sum()
+            loss = torch_loss(torch, model, corpus, which, schedule.average)
             losses.append(loss.item())
             skipped.append(loss.item() < hyper.loss_floor)
             total += loss.item() * len(which)
@@ -159,15 +151,67 @@ def run_torch(torch, world, site, schedule):
     )
 
 
+def torch_loss(torch, model, corpus, which, average):
+    longest = corpus.lengths[which].max()
+    ids = torch.zeros((len(which), longest), dtype=torch.long)
+    labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+    for j, i in enumerate(which):
+        text = torch.tensor(corpus.tokens[corpus.offsets[i] : corpus.offsets[i + 1]])
+        ids[j, : len(text)], mask[j, : len(text)] = text.long(), 1
+        labels[j, corpus.target_start[i] : len(text)] = text[corpus.target_start[i] :].long()
+    logits = model(ids, attention_mask=mask).logits[:, :-1].transpose(1, 2)
+    nats = torch.nn.functional.cross_entropy(logits, labels[:, 1:], reduction="none")
+    of = (labels[:, 1:] != -100).float()
+    by_example = ((nats * of).sum(1) / of.sum(1)).mean()
+    return by_example if average == "example" else (nats * of).sum() / of.sum()
+
+
+def run_torch_depth(torch, world, model, tuned, schedule):
+    """The field's usual loop: a fresh Adam for every mini-batch, steps on it until its loss is below the
+    floor; after each step the tensors are clipped around what they were before the run."""
+    hyper, corpus = schedule.hyper, world.corpus
+    first = {name: p.detach().clone() for name, p in tuned.items()}
+    losses, skipped, last = [], [], []
+    for start in range(0, len(corpus), schedule.batch_size):
+        adam = torch.optim.Adam(tuned.values(), lr=hyper.lr)
+        which = np.arange(start, min(start + schedule.batch_size, len(corpus)))
+        for _ in range(schedule.epochs):
+            loss = torch_loss(torch, model, corpus, which, schedule.average)
+            losses.append(loss.item())
+            skipped.append(loss.item() < hyper.loss_floor)
+            if skipped[-1]:
+                break
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            if hyper.norm_constraint is not None:
+                for name, p in tuned.items():
+                    low, high = first[name] - hyper.norm_constraint, first[name] + hyper.norm_constraint
+                    p.data = torch.minimum(torch.maximum(p.data, low), high)
+        last.append(losses[-1])
+    moments = {name: adam.state[p] for name, p in tuned.items()}
+    return Run(
+        losses,
+        skipped,
+        last,
+        "loss_floor" if max(last) < hyper.loss_floor else "epochs",
+        {name: p.detach().numpy() for name, p in tuned.items()},
+        {name: (m["exp_avg"].numpy(), m["exp_avg_sq"].numpy()) for name, m in moments.items()},
+        int(next(iter(moments.values()))["step"]),
+    )
+
+
 def distance(ours, theirs, base=0.0):
     """Norm of the difference as a share of the norm of their move from `base`."""
     return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs - base)
 
 
-def compare(torch, world, modules, layer, mode="off", average="example", epochs=7, **hyper):
+def compare(
+    torch, world, modules, layer, mode="off", average="example", epochs=7, pipeline="breadth", **hyper
+):
     """Run both loops and hold every figure of one against the other's; theirs is returned."""
     hyper = Hyper(**{"lr": 1e-2, "weight_decay": 0.0, "loss_floor": 1e-2, **hyper})
-    schedule = Schedule(BATCH, epochs, 0, average, 32, hyper)
+    schedule = Schedule(BATCH, epochs, 0, average, 32, hyper, pipeline)
     site = find_site(world.checkpoint.spec, modules, [layer])
     ours = run_ours(world, site, schedule, mode)
     theirs = run_torch(torch, world, site, schedule)
@@ -176,14 +220,16 @@ def compare(torch, world, modules, layer, mode="off", average="example", epochs=
     np.testing.assert_allclose(ours.losses, theirs.losses, rtol=1e-4)
     np.testing.assert_allclose(ours.epochs, theirs.epochs, rtol=1e-4)
     assert (ours.skipped, ours.stopped, ours.count) == (theirs.skipped, theirs.stopped, theirs.count)
-    assert ours.count == ours.skipped.count(False) > 0
+    if pipeline == "breadth":  # depth-first, Adam's count is that of the last mini-batch
+        assert ours.count == ours.skipped.count(False)
+    assert ours.count > 0
     start = dict(world.model.named_parameters())
     for name in site:
         base = start[name].detach().numpy()
         assert distance(ours.tensors[name], theirs.tensors[name], base) <= 1e-3, name
         for mine, yours in zip(ours.adam[name], theirs.adam[name], strict=True):
             assert distance(mine, yours) <= 1e-3, name
-    assert len(theirs.losses) >= 20
+    assert len(theirs.losses) >= 15
     return theirs
 
 
@@ -222,6 +268,34 @@ def test_skipped_batches_and_early_stop(torch, world):
     assert theirs.stopped == "loss_floor" and len(theirs.epochs) < 25
     # Steps follow skips, so that a count or a moment that moved in a skip would show in them.
     assert sum(theirs.skipped) >= 3 and not all(theirs.skipped[theirs.skipped.index(True) :])
+
+
+@pytest.mark.parity
+def test_depth_first(torch, world):
+    """Five steps on each of three mini-batches; then with a floor that some of them reach early."""
+    compare(torch, world, DOWN, 2, "device", epochs=5, pipeline="depth")
+    theirs = compare(torch, world, DOWN, 2, "device", epochs=30, loss_floor=2.5, pipeline="depth")
+    assert theirs.skipped[-1] and sum(theirs.skipped) >= 2 and len(theirs.losses) < 3 * 30
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("pipeline", ["depth", "breadth"])
+def test_ft_l_trains_the_last_token_alone(torch, world, pipeline):
+    """As run.encode_requests makes its corpus."""
+    corpus = dataclasses.replace(world.corpus, target_start=world.corpus.lengths - 1)
+    last = dataclasses.replace(world, corpus=corpus)
+    own = compare(torch, last, DOWN, 2, "device", epochs=7 if pipeline == "breadth" else 5, pipeline=pipeline)
+    every = compare(torch, world, DOWN, 2, "device", epochs=5, pipeline="depth")
+    assert abs(own.losses[0] / every.losses[0] - 1) > 1e-3
+
+
+@pytest.mark.parity
+def test_norm_constraint_clips_around_the_base(torch, world):
+    bound = 5e-3  # half of Adam's first step
+    theirs = compare(torch, world, DOWN, 2, "device", epochs=5, pipeline="depth", norm_constraint=bound)
+    (name,) = theirs.tensors
+    moved = np.abs(theirs.tensors[name] - dict(world.model.named_parameters())[name].detach().numpy())
+    assert moved.max() == pytest.approx(bound, rel=1e-3) and (moved > 0.99 * bound).mean() > 0.3
 
 
 # --------------------------------------------------------------------------- what a step costs in memory

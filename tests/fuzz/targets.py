@@ -3,6 +3,7 @@ check, which says whether the input was accepted. A reader may refuse with a Use
 its promises; nothing else."""
 
 import contextlib
+import dataclasses
 import gzip
 import io
 import json
@@ -19,12 +20,16 @@ from hypothesis import strategies as st
 from locft_jax.config import Config, config_from_dict, config_to_dict, load_config, resolve_layers
 from locft_jax.data import requests as fields
 from locft_jax.data.capability import read_capability
-from locft_jax.data.requests import read_requests, requests_from_records
+from locft_jax.data.requests import EditRequest, read_requests, requests_from_records
 from locft_jax.data.streaming import to_record
 from locft_jax.data.tokens import encode_pairs, prompt_ids, spaced
+from locft_jax.editing.checkpoint import base_digest
+from locft_jax.editing.run import choose_site, encode_requests
 from locft_jax.errors import UserError, one_screen
+from locft_jax.evaluation.metrics import stop_tables
 from locft_jax.model.delta import check_delta, load_delta, make_delta, save_delta
-from locft_jax.model.hf import DTYPES, open_checkpoint, read_tensor
+from locft_jax.model.hf import DTYPES, load_tokenizer, open_checkpoint, read_tensor, with_eos
+from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import weight_table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
@@ -35,24 +40,27 @@ SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_
 
 
 class Place(NamedTuple):
-    """Where the targets work: a folder for files, a valid checkpoint and its files' bytes, a valid
-    delta's bytes, and tokenizers by name."""
+    """Where the targets work: a folder for files, a valid checkpoint and its files' bytes, those of a
+    delta and of a tokenizer, and tokenizers by name."""
 
     folder: Path
     model: Path
+    spec: ModelSpec  # of the model
     files: dict[str, bytes]
     delta: bytes
+    tokenizer: dict[str, bytes]
     tokenizers: dict[str, Any]
 
 
-def make_place(folder: Path, write_model: Callable[..., Path], tokenizer: Any) -> Place:
-    """`write_model` as in conftest.py; `tokenizer`: a byte-level one that can encode anything."""
+def make_place(folder: Path, write_model: Callable[..., Path], tokenizer_folder: Path) -> Place:
+    """`write_model` as in conftest.py; the tokenizer: a byte-level one that can encode anything."""
     model = write_model(folder / "model", **SIZES)
     checkpoint = open_checkpoint(str(model))
     new = {n: read_tensor(checkpoint, n) + 1 for n in ("model.norm.weight", "lm_head.weight")}
     save_delta(make_delta(checkpoint, new, {"config": {}, "edits": 2}), folder / "delta.safetensors")
     framed = byte_level([("s", "Ġ")])
     from tokenizers import processors
+    from transformers import AutoTokenizer
 
     framed.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
@@ -60,7 +68,7 @@ def make_place(folder: Path, write_model: Callable[..., Path], tokenizer: Any) -
     without_unknown = byte_level([("?", "Ġ"), ("Ġ", "M")])
     without_unknown.model.unk_token = None
     tokenizers = {
-        "bytes": tokenizer,
+        "bytes": AutoTokenizer.from_pretrained(tokenizer_folder),
         "merging": wrap(byte_level([("s", "Ġ"), ("?", "Ġ"), ("Ġ", "a")])),
         "framed": wrap(framed),
         "without-unknown": wrap(without_unknown),
@@ -68,7 +76,9 @@ def make_place(folder: Path, write_model: Callable[..., Path], tokenizer: Any) -
         "metaspace": wrap(metaspace([("s", "▁"), ("▁", "M")])),
     }
     files = {p.name: p.read_bytes() for p in model.iterdir()}
-    return Place(folder, model, files, (folder / "delta.safetensors").read_bytes(), tokenizers)
+    delta = (folder / "delta.safetensors").read_bytes()
+    texts = {p.name: p.read_bytes() for p in tokenizer_folder.iterdir()}
+    return Place(folder, model, checkpoint.spec, files, delta, texts, tokenizers)
 
 
 def attempt(reader: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -260,18 +270,31 @@ def changed_json(draw: Any, raw: bytes, keys: list[str]) -> bytes:
 def changed_tensors(draw: Any, raw: bytes) -> bytes:
     """A safetensors file with its header's fields changed, or its bytes mutated."""
     size = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + size])
+    before, header = json.loads(raw[8 : 8 + size]), json.loads(raw[8 : 8 + size])
     for _ in range(draw(st.sampled_from([0, 0, 1, 2]))):
         name = draw(st.sampled_from(sorted(header)))
-        field = draw(st.sampled_from(["data_offsets", "shape", "dtype", "", "rename", "remove"]))
+        if name == "__metadata__" or not isinstance(header[name], dict):
+            header[name] = draw(values)
+            continue
+        field = draw(
+            st.sampled_from(["data_offsets", "shape", "dtype", "", "rename", "remove", "retype", "extra"])
+        )
         small = st.lists(st.integers(-1, 3000), max_size=3)
         if field == "remove":
             header.pop(name)
             if not header:
                 break
+        elif field == "retype" and header[name] == before.get(name):  # other numbers in the same bytes
+            dtype = draw(st.sampled_from(sorted(BYTES)))
+            begin, end = header[name]["data_offsets"]
+            elements = (end - begin) // BYTES[dtype]
+            header[name].update(dtype=dtype, shape=[1] * draw(st.integers(0, 2)) + [elements])
+        elif field == "extra":
+            dtype = draw(st.sampled_from(sorted(BYTES)))
+            header[draw(words)] = {"dtype": dtype, "shape": [0, 3], "data_offsets": [len(raw) - 8 - size] * 2}
         elif field == "rename":
             header[draw(any_text)] = header.pop(name)
-        elif field and isinstance(header[name], dict):
+        elif field:
             dtype = st.sampled_from(["F32", "BF16", "F8_E4M3", "F4", "BOOL", "I64", "C64", "f32"])
             header[name][field] = draw(st.one_of(small, values, dtype))
         else:
@@ -285,6 +308,7 @@ def changed_tensors(draw: Any, raw: bytes) -> bytes:
     return draw(st.one_of(st.just(made), mutated(made)))
 
 
+BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1, "I64": 8, "C64": 8, "U16": 2, "F64": 8}
 CONFIG_KEYS = (
     "model_type rope_scaling rope_parameters sliding_window use_sliding_window layer_types max_window_layers "
     "eos_token_id hidden_act quantization_config".split()
@@ -309,6 +333,25 @@ def model_files(draw: Any, files: dict[str, bytes]) -> dict[str, bytes]:
         name = "generation_config.json"
         found[name] = draw(changed_json(files[name], ["eos_token_id"]))
     return found
+
+
+@st.composite
+def tokenizer_files(draw: Any, files: dict[str, bytes]) -> dict[str, bytes]:
+    """The files of a tokenizer, one of them with a value changed, wherever it stands, or damaged."""
+    name = draw(st.sampled_from(sorted(files)))
+    root = json.loads(files[name])
+    holder: Any = root
+    while True:  # walk down to a random place
+        keys = sorted(holder)[:40] if isinstance(holder, dict) else list(range(min(40, len(holder))))
+        key = draw(st.sampled_from(keys))
+        if not (isinstance(holder[key], dict | list) and holder[key]) or draw(st.integers(0, 2)) == 0:
+            break
+        holder = holder[key]
+    if draw(st.booleans()):
+        del holder[key]
+    else:
+        holder[key] = draw(st.one_of(values, words))
+    return {**files, name: draw(st.one_of(st.just(as_json(root)), mutated(as_json(root))))}
 
 
 texts = st.one_of(
@@ -361,6 +404,8 @@ def check_config(place: Place, value: Any) -> bool:
     assert config_from_dict(json.loads(json.dumps(values)), "again") == config
     layers = attempt(resolve_layers, config, 4)
     assert layers is None or (layers and all(0 <= l < 4 for l in layers))
+    site = attempt(choose_site, place.spec, config)
+    assert site is None or set(site) <= {n for row in weight_table(place.spec).values() for n in row.names()}
     assert config.name
     return True
 
@@ -380,6 +425,7 @@ def check_model(place: Place, files: Any) -> bool:
             value = read_tensor(checkpoint, name)
             assert value.shape == row.shape == checkpoint.tensors[name].shape
             assert value.dtype == DTYPES[checkpoint.tensors[name].dtype]
+    assert len(base_digest(checkpoint, ())) == 64
     everything = (read_tensor(checkpoint, name) for name in checkpoint.tensors)
     assert sum(value.nbytes for value in everything) == checkpoint.nbytes()
     assert all(e >= 0 for e in checkpoint.eos)
@@ -404,8 +450,8 @@ def check_tokens(place: Place, value: Any) -> bool:
     for i, (prompt, target) in enumerate(pairs):
         ids = corpus.tokens[corpus.offsets[i] : corpus.offsets[i + 1]].tolist()
         head, tail = ids[: corpus.target_start[i]], ids[corpus.target_start[i] :]
-        assert head == heads[i][: len(head)]  # what generation meets is what was trained
-        closing = heads[i][len(head) :]
+        assert head == heads[i]  # what generation meets is what was trained
+        closing = tokenizer(prompt)["input_ids"][len(head) :]
         assert set(closing) <= set(tokenizer.all_special_ids)
         if with_eos:
             assert tail.pop() == eos
@@ -435,6 +481,23 @@ def check_delta_file(place: Place, raw: Any) -> bool:
     return True
 
 
+def check_tokenizer(place: Place, files: Any) -> bool:
+    """The tokenizer of a model folder, and texts that it reads."""
+    for name, raw in files.items():
+        (place.model / name).write_bytes(raw)
+    checkpoint = open_checkpoint(str(place.model))
+    tokenizer = attempt(load_tokenizer, checkpoint)
+    if tokenizer is None:
+        return False
+    config = Config(append_eos=tokenizer.eos_token_id is not None)
+    requests = [EditRequest("0", "Who is Mira?", "a 1"), EditRequest("1", "é ", "St. x")]
+    spec = dataclasses.replace(checkpoint.spec, vocab_size=320)
+    corpus = attempt(encode_requests, tokenizer, requests, config, spec)
+    assert corpus is None or corpus.tokens.max() < 320
+    stop_tables(tokenizer, 320, with_eos(checkpoint, tokenizer))
+    return corpus is not None
+
+
 class Target(NamedTuple):
     strategy: st.SearchStrategy[Any]
     check: Callable[[Place, Any], bool]  # whether the input was accepted
@@ -447,11 +510,12 @@ def make_targets(place: Place) -> dict[str, Target]:
     conflicts = st.sampled_from(["keep", "last", "error"])
     pairs = st.lists(st.tuples(texts, texts), min_size=1, max_size=3)
     return {
-        "data": Target(st.tuples(data_files(), conflicts, limits), check_data, 0.3),
+        "data": Target(st.tuples(data_files(), conflicts, limits), check_data, 0.28),
         "config": Target(config_files(), check_config, 0.2),
         "model": Target(model_files(place.files), check_model, 0.2),
         "tokens": Target(
             st.tuples(st.sampled_from(sorted(place.tokenizers)), pairs, st.booleans()), check_tokens, 0.2
         ),
         "delta": Target(changed_tensors(place.delta), check_delta_file, 0.1),
+        "tokenizer": Target(tokenizer_files(place.tokenizer), check_tokenizer, 0.02),
     }

@@ -25,13 +25,10 @@ ACCEPTED: Counter[str] = Counter()
 
 @pytest.fixture(scope="module")
 def place(make_model: Any, tiny_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer_dir)
-    return make_place(tmp_path_factory.mktemp("fuzz"), make_model, tokenizer)
+    return make_place(tmp_path_factory.mktemp("fuzz"), make_model, tiny_tokenizer_dir)
 
 
-@pytest.mark.parametrize("name", ["data", "config", "model", "tokens", "delta"])
+@pytest.mark.parametrize("name", ["data", "config", "model", "tokens", "delta", "tokenizer"])
 def test_fuzz(place: Place, capsys: pytest.CaptureFixture[str], name: str) -> None:
     target = make_targets(place)[name]
     wanted = round(TOTAL * target.share)
@@ -54,7 +51,7 @@ def test_fuzz(place: Place, capsys: pytest.CaptureFixture[str], name: str) -> No
 
         one()
         chunk += 1
-    assert 0 < ACCEPTED[name] < COUNTS[name] or TOTAL < 400  # both ways are taken
+    assert 0 < ACCEPTED[name] < COUNTS[name] or COUNTS[name] < 40  # both ways are taken
     if "LOCFT_FUZZ" in os.environ:
         with capsys.disabled():
             print(

@@ -11,6 +11,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from locft_jax.editing.checkpoint import base_digest
 from locft_jax.errors import UserError
 from locft_jax.model import decoder, hf
 from locft_jax.model.delta import fingerprint
@@ -120,8 +121,10 @@ def test_a_long_list_is_cut(folder, no_weights):
 
 
 def test_tensors_beyond_the_architecture_are_kept_but_not_needed(folder, tmp_path):
-    rewrite(folder, lambda tensors: tensors.update(extra=np.arange(5)))
+    odd = {"scalar": np.array(3.0), "none": np.zeros((0, 3), np.float32)}
+    rewrite(folder, lambda tensors: tensors.update(extra=np.arange(5), **odd))
     checkpoint = hf.open_checkpoint(str(folder))
+    assert checkpoint.nbytes(["extra", *odd]) == 48 and len(base_digest(checkpoint, [DOWN])) == 64
     hf.load_weights(checkpoint)
     hf.save_hf(checkpoint, {DOWN: np.ones((32, 64), np.float32)}, tmp_path / "out")
     np.testing.assert_array_equal(load_file(tmp_path / "out" / "model.safetensors")["extra"], np.arange(5))

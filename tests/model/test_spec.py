@@ -151,6 +151,16 @@ def test_unknown_keys_are_listed_all_at_once_and_harmless_ones_pass():
         ({"num_attention_heads": None}, "num_attention_heads must be"),
         ({"vocab_size": "100"}, "vocab_size must be a positive whole number, found '100'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be"),
+        (
+            {"num_hidden_layers": 2**31 - 1},
+            "num_hidden_layers must be at most 10000",
+        ),  # names would fill memory
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, found 'false'"),
+        ({"model_type": "qwen2", "sliding_window": 4, "use_sliding_window": 2}, "use_sliding_window must be"),
+        (
+            {"rope_scaling": {"type": "llama3", **LLAMA3, "low_freq_factor": 4.0}},
+            "low_freq_factor must be",
+        ),
         ({"intermediate_size": True}, "intermediate_size must be"),
         ({"intermediate_size": 2**40}, "intermediate_size must be"),
         ({"hidden_size": 2}, "head_dim must be"),  # fewer dimensions than heads
@@ -212,6 +222,7 @@ def test_eos_ids_are_those_of_both_files():
     assert eos_ids({"eos_token_id": 5}, {}) == (5,)
     assert eos_ids({"eos_token_id": 5}, {"eos_token_id": [9, 5]}) == (5, 9)
     assert eos_ids({"eos_token_id": None}, {}) == eos_ids({}, {}) == ()
+    assert eos_ids({"eos_token_id": [-1, True, 2.0, "3", 7]}, {}) == (7,)  # no others are ids
 
 
 # Parameters as the model cards give them, in billions, to the precision given there.

@@ -1,0 +1,285 @@
+"""Preserving edits against plain numpy, on one device and eight, resumed, and what is refused."""
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from locft_jax import Config, UserError
+from locft_jax.commands import run_command
+from locft_jax.data.requests import requests_from_records
+from locft_jax.edit import main as edit
+from locft_jax.editing import pipeline
+from locft_jax.editing.preserve import (
+    MAX_WIDTH,
+    check_preserve,
+    input_matrix,
+    layer_inputs,
+    retained_texts,
+    sample_model,
+    second_moments,
+    template_texts,
+)
+from locft_jax.editing.step import Hyper, make_optimizer
+from locft_jax.model import decoder
+from locft_jax.model.hf import load_model
+from locft_jax.model.spec import parse_spec
+
+TEXTS = ["The capital of Oredal is Vintown.", "Ten plus five is 15.", "Hana Orvik works as a baker."]
+ONE = {"data": 1, "model": 1}
+SITE = [f"model.layers.{l}.{m}.weight" for l, m in ((1, "self_attn.q_proj"), (1, "self_attn.k_proj"),
+        (1, "self_attn.o_proj"), (2, "mlp.up_proj"), (2, "mlp.down_proj"))]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir):
+    return load_model(str(tiny_model_dir), mesh=ONE)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    rng = np.random.default_rng(0)
+    parts = [rng.integers(1, 300, rng.integers(3, 30)) for _ in range(150)]  # several batches
+    return [part.tolist() for part in parts]
+
+
+@pytest.fixture(scope="module")
+def moments(model, texts):
+    found = second_moments(model.spec, model.weights, SITE, texts, model.mesh, 32)
+    return {name: np.asarray(c) for name, c in found.items()}
+
+
+# ---------------------------------------------------------------- C
+
+
+def test_second_moments_equal_those_of_transformers_activations(torch, tiny_model_dir, texts, moments):
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(str(tiny_model_dir), dtype=torch.float32)
+    sums = {}
+
+    def watch(name):
+        def hook(module, inputs):
+            x = inputs[0][0].double().numpy()
+            sums[name] = sums.get(name, 0) + x.T @ x
+
+        return hook
+
+    for name in SITE:
+        reference.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(watch(name))
+    with torch.no_grad():
+        for ids in texts:
+            reference(torch.tensor([ids]))
+    assert moments.keys() == set(SITE)
+    for name, c in moments.items():
+        want = sums[name] / sum(map(len, texts))
+        assert c.dtype == np.float32
+        np.testing.assert_allclose(c, want, rtol=1e-4, atol=1e-5 * np.abs(want).max(), err_msg=name)
+
+
+def test_layer_inputs_run_the_block_itself(model):
+    w = {k: a[1] for k, a in model.weights.items() if k not in ("embed", "norm", "head")}
+    x = jax.random.normal(jax.random.key(0), (2, 9, model.spec.d_model))
+    rows = decoder.Rows(jnp.ones((2, 9), jnp.int32), jnp.tile(jnp.arange(9), (2, 1)))
+    window = decoder.windows(model.spec)[1]
+    got, _ = layer_inputs(model.spec, w, x, rows, window)
+    np.testing.assert_allclose(got, decoder.block(model.spec, w, x, rows, window)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_matrices_with_one_input_share_one_statistic(model, texts):
+    names = [n for n in SITE if "q_proj" in n or "k_proj" in n]
+    found = second_moments(model.spec, model.weights, names, texts, model.mesh, 32)
+    assert found[names[0]] is found[names[1]]
+
+
+def test_eight_devices_give_the_same_statistics(tiny_model_dir, texts, moments):
+    split = load_model(str(tiny_model_dir), mesh={"data": 2, "model": 4})
+    found = second_moments(split.spec, split.weights, SITE, texts, split.mesh, 32)
+    for name, c in found.items():
+        np.testing.assert_allclose(c, moments[name], rtol=1e-4, atol=1e-5 * moments[name].max())
+
+
+# ---------------------------------------------------------------- P, and the transformation
+
+
+def test_soft_is_lambda_times_the_inverse():
+    x = np.random.default_rng(0).standard_normal((50, 6)) * [9, 3, 1, 1, 0.1, 0.01]
+    c = x.T @ x / 50
+    lam = np.trace(c) / 6 / 7
+    want = lam * np.linalg.inv(c + lam * np.eye(6))
+    np.testing.assert_allclose(input_matrix(c, "soft", 7), want, atol=1e-6)
+    np.testing.assert_allclose(input_matrix(1e6 * c, "soft", 7), want, atol=1e-6)  # no unit
+
+
+def test_null_takes_out_the_directions_that_hold_the_energy():
+    basis, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((4, 4)))
+    c = basis @ np.diag([6.0, 3.0, 0.9, 0.1]) @ basis.T  # shares .6 .3 .09 .01
+    for strength, gone in ((0.5, 1), (0.8, 2), (0.95, 3)):
+        want = np.eye(4) - basis[:, :gone] @ basis[:, :gone].T
+        np.testing.assert_allclose(input_matrix(c, "null", strength), want, atol=1e-6)
+
+
+def test_five_steps_equal_plain_numpy():
+    rng = np.random.default_rng(0)
+    w, x = rng.standard_normal((5, 7)), rng.standard_normal((40, 7))
+    p = input_matrix(x.T @ x / 40, "soft", 10)
+    gradients = rng.standard_normal((5, 5, 7))
+    optimizer = make_optimizer(Hyper(0.1, 0.0, 0.5), {"w": jnp.asarray(p)})
+    theta = {"w": jnp.asarray(w, jnp.float32), "norm": jnp.ones(3)}
+    state = optimizer.init(theta)
+    m = v = np.zeros_like(w)
+    want, count = w.copy(), 0
+    for i, g in enumerate(gradients):
+        loss = 0.1 if i == 2 else 1.0  # one step is skipped
+        grads = {"w": jnp.asarray(g, jnp.float32), "norm": jnp.ones(3)}
+        updates, state = optimizer.update(grads, state, theta, loss=jnp.float32(loss))
+        theta = {n: a + updates[n] for n, a in theta.items()}
+        if loss >= 0.5:
+            count += 1
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            want -= 0.1 * (m / (1 - 0.9**count) / (np.sqrt(v / (1 - 0.999**count)) + 1e-8)) @ p
+    np.testing.assert_allclose(theta["w"], want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(theta["norm"], 1 - 0.1 * count, rtol=1e-5)  # a tensor without a P
+
+
+# ---------------------------------------------------------------- what is retained
+
+
+def test_the_model_is_sampled_alike_every_time(model):
+    first, second, other = (sample_model(model, seed, count=8, length=12) for seed in (0, 0, 1))
+    assert first == second != other
+    eos = model.tokenizer.eos_token_id
+    assert all(s[0] == eos and 2 <= len(s) <= 12 and eos not in s[1:-1] for s in first)
+
+
+def test_a_sampled_token_is_drawn_from_the_models_distribution(model):
+    texts = sample_model(model, 0, count=3000, length=2)
+    seen = np.bincount([t[1] for t in texts], minlength=model.spec.vocab_size) / len(texts)
+    start = jnp.asarray([[model.tokenizer.eos_token_id]])
+    want = jax.nn.softmax(decoder.logits(model.spec, model.weights, {}, start)[0, 0])
+    assert np.abs(seen - np.asarray(want)).sum() < 0.35  # about 0.2 is chance here; uniform gives > 1
+
+
+def test_templates_show_no_known_subject():
+    names = [("Hana", "Orvik"), ("Mira", "Halver"), ("Tovin", "Selt"), ("Ketil", "Brask")]
+    records = [
+        {"prompt": f"The sign of {a} {b} is", "target_new": "red", "subject": f"{a} {b}"} for a, b in names
+    ]
+    requests = requests_from_records(records, None, "keep").requests
+    texts = template_texts(requests, seed=0)
+    assert len(texts) == 4 * len(records) and texts == template_texts(requests, seed=0)
+    known = {word for name in names for word in name}
+    for text in texts:
+        assert text.startswith("The sign of ") and text.endswith(" is")
+        assert not known & set(text.split())
+
+
+def test_files_of_texts(tmp_path):
+    (tmp_path / "a.txt").write_text("one text\n\nanother\n")
+    (tmp_path / "b.jsonl").write_text('{"text": "one text"}\n{"prompt": "another", "answer": "x"}\n')
+    for name in ("a.txt", "b.jsonl"):
+        config = Config(preserve="soft", preserve_data=str(tmp_path / name))
+        assert retained_texts(config, []) == ["one text", "another"]
+
+
+# ---------------------------------------------------------------- refused before weights load
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"preserve": "kfac"}, "not available in this version; supported: none, soft, null"),
+        ({"preserve": "soft", "preserve_strength": 0}, "a number > 0"),
+        ({"preserve": "null", "preserve_strength": 1}, "> 0 and < 1"),
+        ({"preserve": "soft", "preserve_data": "missing.txt"}, "preserve_data: missing.txt"),
+        ({"preserve": "soft", "preserve_data": "missing.jsonl"}, "missing.jsonl"),
+        ({"preserve": "soft", "preserve_data": "templates"}, "`subject`"),
+        ({"preserve": "soft", "rewrite_module": "model.embed_tokens"}, "matrices of layers only"),
+        ({"preserve": "soft", "rewrite_module": "model.layers.{}.input_layernorm"}, "no matrix"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_weights_load(
+    edit_arguments, tmp_path, capsys, monkeypatch, changes, says
+):
+    monkeypatch.setitem(edit.__globals__, "load_opened", lambda *a: pytest.fail("weights were loaded"))
+    assert run_command(edit, edit_arguments(tmp_path / "out", **changes)) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wide_input_is_refused():
+    spec = parse_spec({"model_type": "llama", "vocab_size": 32, "hidden_size": 64, "num_hidden_layers": 2,
+                       "intermediate_size": MAX_WIDTH + 1, "num_attention_heads": 2,
+                       "max_position_embeddings": 64, "rms_norm_eps": 1e-5})  # fmt: skip
+    config = Config(preserve="soft")
+    with pytest.raises(UserError, match="at most 8192"):
+        check_preserve(spec, ["model.layers.1.mlp.down_proj.weight"], config)
+    check_preserve(spec, ["model.layers.1.mlp.up_proj.weight"], config)
+
+
+# ---------------------------------------------------------------- the whole run
+
+RUN = {"num_steps": 4, "loss_floor": 0, "checkpoint_every": 1, "evaluate": "false", "export": "delta"}
+
+
+@pytest.fixture(scope="module")
+def runs(edit_arguments, tmp_path_factory):
+    """`runs(name, **changes)` -> the tensors and metadata that a run leaves; made once each."""
+    from locft_jax.model.delta import load_delta
+
+    folder, known = tmp_path_factory.mktemp("preserve"), {}
+
+    def run(name, **changes):
+        if name not in known:
+            assert run_command(edit, edit_arguments(folder / name, **RUN, **changes)) == 0
+            known[name] = load_delta(folder / name / "delta.safetensors"), folder / name
+        return known[name]
+
+    return run
+
+
+def test_resumed_runs_end_with_the_same_bytes(runs, edit_arguments, tmp_path, monkeypatch):
+    _, whole = runs("soft", preserve="soft")
+    make, out = pipeline.StepRecord, tmp_path / "out"
+
+    def stop(epoch, at, *rest):
+        if at == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return make(epoch, at, *rest)
+
+    arguments = edit_arguments(out, **RUN, preserve="soft")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "StepRecord", stop)
+        assert run_command(edit, arguments) == 1
+    assert run_command(edit, [*arguments, "--resume"]) == 0
+    assert json.loads((out / "report.json").read_text())["resumed"]
+    for name in ("delta.safetensors", "steps.jsonl"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_methods_differ_and_say_what_they_are(runs):
+    plain, folder = runs("none")
+    assert json.loads((folder / "report.json").read_text())["preserve"] is None
+    assert "preserve" not in plain.metadata
+    for method, changes in (("soft", {}), ("null", {"preserve_strength": 0.5})):
+        delta, folder = runs(method, preserve=method, **changes)
+        assert any((delta.new[n] != plain.new[n]).any() for n in plain.new)
+        told = json.loads((folder / "report.json").read_text())["preserve"]
+        assert told["method"] == method and told["strength"] == (0.5 if changes else 10)
+        assert told["source"] == "model" and json.loads(delta.metadata["preserve"]) == told
+
+
+def test_eight_devices_train_alike(runs, tmp_path):
+    kept = tmp_path / "kept.txt"
+    kept.write_text("\n".join(TEXTS))
+    soft = {"preserve": "soft", "preserve_data": kept}
+    one, _ = runs("one", **soft)
+    many, _ = runs("many", **soft, mesh="{data: 2, model: 4}")
+    for name, value in one.new.items():
+        moved = np.abs(value - one.base[name]).max()
+        # Adam's first steps follow signs of gradients: a tiny one may flip.
+        assert np.quantile(np.abs(many.new[name] - value), 0.99) < 0.02 * moved, name
