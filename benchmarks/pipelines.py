@@ -37,6 +37,7 @@ def main() -> None:
     edits, batch, steps = (6, 3, 2) if args.small else (args.edits, args.batch, args.steps)
     cells = [(p, b, "ft-m") for b in (1, batch) for p in ("depth", "breadth")]
     cells += [(p, 1, "ft-l") for p in ("depth", "breadth")]
+    cells = [("depth", batch, "ft-m"), ("breadth", batch, "ft-l")] if args.small else cells
     rows = []
     with tempfile.TemporaryDirectory() as place:
         for i, (pipeline, size, method) in enumerate(cells):
