@@ -233,12 +233,11 @@ class Pool:
             size = few_sizes(len(live), LEAST, 1)
             if 2 * size <= len(self.text):
                 idle = np.flatnonzero(self.text < 0)[: size - len(live)]
-                rows = np.concatenate([live, idle])
-                self.text, self.pool = (
-                    self.text[rows],
-                    keep_rows(self.pool, self._place(rows.astype(np.int32))),
-                )
-            yield from self._run(len(self.text) // 4 if len(self.text) > LEAST else 0)
+                rows = np.concatenate([live, idle]).astype(np.int32)
+                self.text, self.pool = self.text[rows], keep_rows(self.pool, self._place(rows))
+            # Until it can shrink to half or less, or, where it cannot, until all are done.
+            quarter = len(self.text) // 4
+            yield from self._run(quarter if 2 * few_sizes(quarter, LEAST, 1) <= len(self.text) else 0)
 
     def _place(self, a: np.ndarray | np.generic) -> jax.Array:
         return jax.device_put(a, replicated(self.reader.mesh))
