@@ -7,11 +7,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from locft_jax import api, export
+from locft_jax import api, export, hosts
 from locft_jax.commands import run_command
 from locft_jax.config import load_config
 from locft_jax.data.capability import read_capability
 from locft_jax.data.requests import read_requests
+from locft_jax.editing.checkpoint import describe_run
 from locft_jax.evaluation.metrics import make_probes
 from locft_jax.evaluation.report import plain
 from locft_jax.evaluation.run import check_probes
@@ -23,7 +24,7 @@ from locft_jax.model.sharding import make_mesh
 
 
 def main(argv: list[str] | None = None) -> None:
-    """config -> data -> model -> evaluation -> export."""
+    """The command, in one process or as one of several."""
     parser = argparse.ArgumentParser(prog="python -m locft_jax.evaluate", description=__doc__)
     parser.add_argument("--model", required=True, help="model folder or Hub id")
     parser.add_argument("--delta", type=Path, help="delta.safetensors to apply in memory first")
@@ -33,12 +34,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--set", action="append", default=[], nargs="+", metavar="key=value", help="override a key"
     )
+    hosts.add_flags(parser)
     args = parser.parse_args(argv)
+    with hosts.joined(args, program=argv is None):
+        carry_out(args)
+
+
+def carry_out(args: argparse.Namespace) -> None:
+    """config -> data -> model -> evaluation -> export."""
     pairs = [f"model_name_or_path={args.model}", f"data_path={args.data}"]
     config = load_config(None, pairs + [pair for group in args.set for pair in group])
 
     # Everything that can be wrong is looked at before any weight is loaded.
-    if args.out:
+    first = hosts.first()  # the process that writes and prints
+    if args.out and first:
         export.check_file(args.out, args.overwrite)
     data = read_requests(args.data, config.num_edits, config.on_conflict)
     capability = read_capability(config.capability_data) if config.capability_data else []
@@ -52,10 +61,14 @@ def main(argv: list[str] | None = None) -> None:
     probes = make_probes(data.requests, config.eval_sample, config.seed)
     check_probes(tokenizer, checkpoint.spec, probes, capability, config.chat_template)
     check_memory(checkpoint.spec, mesh, frozen_dtype(checkpoint, config.weights).itemsize)
+    if hosts.several():
+        hosts.agree(describe_run(config, data, capability, checkpoint, (), mesh, delta))
 
     model = load_opened(checkpoint, tokenizer, mesh, config.weights)
     model = model.with_edits(delta.new) if delta else model
     report, lines = api.evaluate(model, data, capability, config, show=True)
+    if not first:
+        return
 
     table = Table(title=plain(f"{args.model}, {report['edits']} edits"), title_justify="left")
     table.add_column("figure")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from locft_jax import hosts
 from locft_jax.editing.checkpoint import KEPT, saved_something
 from locft_jax.errors import UserError, reason
 from locft_jax.files import recover
@@ -24,7 +25,7 @@ def save_orbax(checkpoint: Checkpoint, new: Mapping[str, np.ndarray], out: Path)
 
     tree = {n: np.asarray(new[n]) if n in new else read_tensor(checkpoint, n) for n in checkpoint.tensors}
     try:
-        with ocp.StandardCheckpointer() as saver:
+        with ocp.StandardCheckpointer(multiprocessing_options=hosts.alone()) as saver:
             saver.save(out.resolve(), tree)
     except Exception as e:  # tensorstore has its own kinds for a full disk
         raise OSError(f"the orbax checkpoint could not be written: {reason(e)}") from None

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from locft_jax.data.tokens import Batch, Corpus, Shape, epoch_batches, fit_shape, pack
 from locft_jax.editing.prefix import Source
 from locft_jax.editing.step import EditState, Hyper, train_step
-from locft_jax.model.sharding import replicated, rows_sharding
+from locft_jax.model.sharding import place, replicated, rows_sharding
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights
 
@@ -70,7 +70,7 @@ class Outcome:
 def place_batch(batch: Batch, mesh: Mesh) -> Batch:
     """Send a packed batch to the mesh: rows split over `data`, target lists everywhere."""
     rows = rows_sharding(mesh, batch.index.shape[0])
-    return jax.tree.map(lambda a: jax.device_put(a, rows if a.ndim == 2 else replicated(mesh)), batch)
+    return jax.tree.map(lambda a: place(a, rows if a.ndim == 2 else replicated(mesh)), batch)
 
 
 def run_shape(corpus: Corpus, schedule: Schedule, mesh: Mesh) -> Shape:
@@ -183,9 +183,9 @@ def run_pipeline(
     """
     shape = shape or run_shape(corpus, schedule, mesh)
     everywhere = replicated(mesh)
-    hyper = jax.device_put(schedule.hyper, everywhere)
+    hyper = jax.tree.map(lambda a: place(a, everywhere), schedule.hyper)
     # Counts begin where a step leaves them: elsewhere, the second step would compile anew.
-    state = jax.tree.map(lambda a: a if a.ndim else jax.device_put(a, everywhere), state)
+    state = jax.tree.map(lambda a: a if a.ndim else place(a, everywhere), state)
     depth = schedule.pipeline == "depth"
     per_epoch = 1 if depth else -(-len(corpus) // schedule.batch_size)  # visits
     floor = schedule.hyper.loss_floor
@@ -197,7 +197,7 @@ def run_pipeline(
             batch = pack(corpus, which, shape, schedule.average)
             assert batch is not None, "run_shape saw every batch"
             array, batch = source.feed(batch)
-            yield which, jax.device_put(array, everywhere), place_batch(batch, mesh)
+            yield which, place(array, everywhere), place_batch(batch, mesh)
 
     records = list(done)
     pending: tuple[int, np.ndarray, jax.Array] | None = None

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from locft_jax.data.tokens import Batch, Corpus, Rows, even_rows, fit_shape, pack, sequential_batches
 from locft_jax.errors import UserError
 from locft_jax.model import decoder
-from locft_jax.model.sharding import replicated, rows_sharding
+from locft_jax.model.sharding import fetch, place, replicated, rows_sharding
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights
 
@@ -45,7 +45,7 @@ class Source:
 
 def token_source(corpus: Corpus, mesh: Mesh) -> Source:
     """No cache: steps embed the tokens and run every layer."""
-    return Source(jax.device_put(corpus.tokens, replicated(mesh)), 0, "off")
+    return Source(place(corpus.tokens, replicated(mesh)), 0, "off")
 
 
 def choose_mode(mode: str, layer: int, size: int, device_budget: float, host_budget: float) -> str:
@@ -87,7 +87,7 @@ def empty_values(mode: str, shape: tuple[int, int], dtype: Any, folder: Path | N
 
 def filled_source(values: np.ndarray, layer: int, mode: str, mesh: Mesh) -> Source:
     """What `empty_values` gave, with activations in it, where `mode` wants it."""
-    return Source(jax.device_put(values, replicated(mesh)) if mode == "device" else values, layer, mode)
+    return Source(place(values, replicated(mesh)) if mode == "device" else values, layer, mode)
 
 
 def cached_source(
@@ -104,7 +104,8 @@ def cached_source(
 ) -> Source:
     """Run every example once through the layers below `layer` and keep what comes out, in corpus
     order (zeros at the last tokens, which no batch reads). `mode` as `choose_mode` returned it; a disk
-    cache is an unnamed file in `folder`; `base`: edits that the model already carries."""
+    cache is an unnamed file in `folder`; `base`: edits that the model already carries. With several
+    processes each computes its share, and all get, and keep, all of it."""
     if mode == "off":
         return token_source(corpus, mesh)
     values = empty_values(mode, (len(corpus.tokens), spec.d_model), weights["embed"].dtype, folder)
@@ -112,8 +113,8 @@ def cached_source(
     for which in sequential_batches(corpus, rows, length):
         batch = pack(corpus, which, dataclasses.replace(fit_shape(corpus, [which], length), rows=rows))
         assert batch is not None, "sequential_batches keeps to the rows"
-        ids = jax.device_put(corpus.tokens[batch.index], rows_sharding(mesh, rows))
-        out = np.asarray(prefix_pass(spec, layer, weights, base, ids, batch.rows))
+        ids = place(corpus.tokens[batch.index], rows_sharding(mesh, rows))
+        out = fetch(prefix_pass(spec, layer, weights, base, ids, batch.rows))
         used = batch.rows.segments > 0
         values[batch.index[used]] = out[used]
     return filled_source(values, layer, mode, mesh)

@@ -37,7 +37,7 @@ from locft_jax.editing.site import materialize
 from locft_jax.errors import UserError
 from locft_jax.model import decoder
 from locft_jax.model.hf import Model
-from locft_jax.model.sharding import replicated, rows_sharding, tensor_spec
+from locft_jax.model.sharding import fetch, place, replicated, rows_sharding, tensor_spec
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights, locate_tensor
 
@@ -219,15 +219,13 @@ def second_moments(
     length, rows = even_rows(corpus, row_length, ROWS, mesh.shape["data"])
     batches = list(sequential_batches(corpus, rows, length))
     shape = fit_shape(corpus, batches, length, mesh.shape["data"])
-    tokens = jax.device_put(corpus.tokens, replicated(mesh))
+    tokens = place(corpus.tokens, replicated(mesh))
     total: dict[str, jax.Array] | None = None
     for which in batches:
         batch = pack(corpus, which, shape)
         assert batch is not None, "fit_shape saw every batch"
         split = rows_sharding(mesh, batch.index.shape[0])
-        batch = jax.tree.map(
-            lambda a, s=split: jax.device_put(a, s if a.ndim == 2 else replicated(mesh)), batch
-        )
+        batch = jax.tree.map(lambda a, s=split: place(a, s if a.ndim == 2 else replicated(mesh)), batch)
         sums = _sums(spec, wanted, weights, materialize({}, base), tokens, batch)
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     assert total is not None, "a corpus is never empty"
@@ -279,9 +277,9 @@ def sample_model(
     for part in range(-(-count // SAMPLE_ROWS)):
         tokens = np.full((SAMPLE_ROWS, length), -1, np.int32)
         tokens[:, 0] = start
-        placed = jax.device_put(tokens, rows_sharding(model.mesh, SAMPLE_ROWS))
+        placed = place(tokens, rows_sharding(model.mesh, SAMPLE_ROWS))
         key = jax.random.fold_in(jax.random.key(seed), part)
-        out = np.asarray(_sample(model.spec, model.weights, model.edits, placed, jnp.asarray(stop), key))
+        out = fetch(_sample(model.spec, model.weights, model.edits, placed, jnp.asarray(stop), key))
         found += [row[row >= 0].tolist() for row in out]
     return found[:count]
 
@@ -321,9 +319,9 @@ def make_preserve(
     placed = {}
     for name, moment in moments.items():
         if id(moment) not in made:
-            made[id(moment)] = input_matrix(np.asarray(moment), config.preserve, strength_of(config))
+            made[id(moment)] = input_matrix(fetch(moment), config.preserve, strength_of(config))
         parts = [*tensor_spec(model.mesh, model.spec, locate_tensor(model.spec, name)[0], False), None, None]
         # Columns lie where the tensor's do: the updates then keep their sharding.
         sharding = NamedSharding(model.mesh, P(None, parts[1]) if parts[1] else P())
-        placed[name] = jax.device_put(made[id(moment)], sharding)
+        placed[name] = place(made[id(moment)], sharding)
     return placed

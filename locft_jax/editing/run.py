@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from locft_jax import hosts
 from locft_jax.config import Config, resolve_layers
 from locft_jax.data.requests import EditRequest
 from locft_jax.data.tokens import Corpus, encode_pairs
@@ -119,8 +120,8 @@ def run_edit(
     begin = time.monotonic()
     layer = first_layer(model.spec, site)
     size = len(corpus.tokens) * model.spec.d_model * np.dtype(model.dtype).itemsize
-    budgets = memory_budgets(config.memory_budget)
-    mode = choose_mode(config.prefix_cache, layer, size, *budgets)
+    device, host = hosts.least(*memory_budgets(config.memory_budget))
+    mode = choose_mode(config.prefix_cache, layer, size, device, host)
     base = model.edits
     given = base if start is None else model.with_edits(start, np.float32).edits
     state = init_state(read_site(model.spec, model.weights, site, model.mesh, given))
@@ -169,7 +170,7 @@ def last_delta(folder: Path, checkpoint: Checkpoint, site: Sequence[str]) -> Del
 
 
 def memory_budgets(stated: float | None) -> tuple[float, float]:
-    """(device, host) bytes that caches may take: what was stated (GiB), else 80 % of what is free."""
+    """(device, host) bytes that caches may take: what was stated (GiB), else 80 % of what is free here."""
     if stated is not None:
         return stated * 2**30, stated * 2**30
     host = 0.8 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from locft_jax.errors import UserError
-from locft_jax.model.sharding import tensor_sharding
+from locft_jax.model.sharding import place, tensor_sharding
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights, locate_tensor, take_tensor, weight_table
 
@@ -84,7 +84,7 @@ def read_site(
         row, _ = locate_tensor(spec, name)
         own = base[name] if name in base else take_tensor(spec, weights, name)
         value = jnp.array(own, jnp.float32)  # a copy: it will be donated
-        theta[name] = jax.device_put(value, tensor_sharding(mesh, spec, row, stacked=False))
+        theta[name] = place(value, tensor_sharding(mesh, spec, row, stacked=False))
     return theta
 
 

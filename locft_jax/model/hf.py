@@ -24,7 +24,7 @@ from safetensors import safe_open
 from locft_jax.errors import UserError, is_panic
 from locft_jax.files import whole_folder
 from locft_jax.model.headers import SIZES, read_header
-from locft_jax.model.sharding import make_mesh, tensor_sharding
+from locft_jax.model.sharding import fetch, make_mesh, place, tensor_sharding
 from locft_jax.model.spec import ModelSpec, eos_ids, parse_spec, read_config
 from locft_jax.model.weights import Edits, Weights, locate_tensor, weight_table
 
@@ -218,7 +218,7 @@ def read_raw(checkpoint: Checkpoint, name: str) -> bytes:
 
 def to_checkpoint_dtype(checkpoint: Checkpoint, edits: Edits) -> dict[str, np.ndarray]:
     """Edited tensors rounded to what the checkpoint stores: exactly what will be exported."""
-    return {n: np.asarray(a).astype(DTYPES[checkpoint.tensors[n].dtype]) for n, a in edits.items()}
+    return {n: fetch(a).astype(DTYPES[checkpoint.tensors[n].dtype]) for n, a in edits.items()}
 
 
 def save_hf(checkpoint: Checkpoint, edited: Mapping[str, np.ndarray], out: Path) -> None:
@@ -327,7 +327,7 @@ class Model:
                     raise
                 continue
             sharding = tensor_sharding(self.mesh, self.spec, row, stacked=False)
-            placed[name] = jax.device_put(value.astype(dtype or self.dtype), sharding)
+            placed[name] = place(value.astype(dtype or self.dtype), sharding)
         return dataclasses.replace(self, edits={**self.edits, **placed})
 
     def apply(self, delta: "Delta") -> "Model":
@@ -365,7 +365,7 @@ def frozen_dtype(checkpoint: Checkpoint, weights: str) -> np.dtype:
 
 def check_finite(checkpoint: Checkpoint, weights: Weights) -> None:
     """Raise UserError naming the tensors that hold NaN or infinity (one pass over the weights)."""
-    finite = jax.device_get(_finite(checkpoint.spec, weights))
+    finite = jax.tree.map(fetch, _finite(checkpoint.spec, weights))
     bad = [
         name
         for key, row in weight_table(checkpoint.spec).items()
