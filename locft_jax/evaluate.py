@@ -25,17 +25,7 @@ from locft_jax.model.sharding import make_mesh
 
 def main(argv: list[str] | None = None) -> None:
     """The command, in one process or as one of several."""
-    parser = argparse.ArgumentParser(prog="python -m locft_jax.evaluate", description=__doc__)
-    parser.add_argument("--model", required=True, help="model folder or Hub id")
-    parser.add_argument("--delta", type=Path, help="delta.safetensors to apply in memory first")
-    parser.add_argument("--data", required=True, help="edits whose probes are asked: file or Hub id")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures and every answer")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out when done")
-    parser.add_argument(
-        "--set", action="append", default=[], nargs="+", metavar="key=value", help="override a key"
-    )
-    hosts.add_flags(parser)
-    args = parser.parse_args(argv)
+    args = parse(argv)
     with hosts.joined(args, program=argv is None):
         carry_out(args)
 
@@ -79,6 +69,21 @@ def carry_out(args: argparse.Namespace) -> None:
     Console().print(table)
     if args.out:
         write_whole_json(args.out, {"model": args.model, **report, "predictions": lines})
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m locft_jax.evaluate", description=__doc__)
+    parser.add_argument("--model", required=True, help="model folder or Hub id")
+    parser.add_argument("--delta", type=Path, help="delta.safetensors to apply in memory first")
+    parser.add_argument("--data", required=True, help="edits whose probes are asked: file or Hub id")
+    parser.add_argument("--out", type=Path, help="JSON file for the figures and every answer")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out when done")
+    parser.add_argument(
+        "--set", action="append", default=[], nargs="+", metavar="key=value", help="override a key"
+    )
+    hosts.add_flags(parser)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
