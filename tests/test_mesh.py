@@ -59,7 +59,7 @@ def test_every_array_lies_where_the_table_puts_it(run, mesh):
 
 @pytest.mark.parametrize("mesh", SPLIT)
 def test_an_edit_is_that_of_one_device(run, mesh):
-    (model, one), (_, result) = run((1, 1)), run(mesh)
+    (_, one), (_, result) = run((1, 1)), run(mesh)
     losses = lambda r: [step["loss"] for step in r.steps]  # noqa: E731
     assert len(losses(one)) == 12 and losses(one)[-1] < 0.8 * losses(one)[0]
     np.testing.assert_allclose(losses(result), losses(one), rtol=1e-5)
