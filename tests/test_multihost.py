@@ -32,7 +32,11 @@ ROOT = Path(__file__).resolve().parents[1]
 WITHIN = 300  # seconds: no test waits longer for a process
 SHORT = {"num_steps": 4, "loss_floor": 0, "checkpoint_every": 3}  # 12 steps, and one in four is kept
 MESHES = {"data": "{data: 2, model: 4}", "model": "{data: 1, model: 8}"}  # what crosses processes
-PRESERVE = {**SHORT, "mesh": MESHES["data"], "preserve": "soft"}
+# What each of them runs, and on one device.
+RUNS = {
+    "data": {**SHORT, "prefix_cache": "device"},
+    "model": {**SHORT, "prefix_cache": "disk", "preserve": "soft"},
+}
 
 # Runs commands (JSON: name, arguments) one after another, having joined once; torch is hidden because
 # transformers would take seconds to import it.
@@ -170,16 +174,12 @@ def reference(edit_arguments, folder):
 
 @pytest.fixture(scope="module")
 def pair(edit_arguments, folder, tiny_model_dir, edits_file):
-    """Two processes that ran four commands: the edit on either mesh, one with `preserve`, and an evaluation
-    of what the first of them left."""
+    """Two processes that ran three commands: an edit on either mesh, and an evaluation of what the first of
+    them left."""
     jobs = []
     for i in range(2):
         out = folder / f"process-{i}"
-        edits = [
-            edit_arguments(out / "data", **SHORT, mesh=MESHES["data"], prefix_cache="device"),
-            edit_arguments(out / "model", **SHORT, mesh=MESHES["model"], prefix_cache="host"),
-            edit_arguments(out / "preserve", **PRESERVE, prefix_cache="disk", export="delta"),
-        ]
+        edits = [edit_arguments(out / axis, **RUNS[axis], mesh=MESHES[axis]) for axis in MESHES]
         delta = str(folder / "process-0" / "data" / "delta.safetensors")
         measure = ["--model", str(tiny_model_dir), "--delta", delta, "--data", str(edits_file)]
         measure += ["--out", str(out) + ".json", "--set", f"mesh={MESHES['model']}"]
@@ -194,15 +194,9 @@ def pair(edit_arguments, folder, tiny_model_dir, edits_file):
 
 @pytest.mark.parametrize("axis", MESHES)
 def test_two_processes_are_one_device(pair, folder, reference, axis):
-    check_equal(folder / "process-0" / axis, reference(SHORT))
+    check_equal(folder / "process-0" / axis, reference(RUNS[axis]))
     report = json.loads((folder / "process-0" / axis / "report.json").read_text())
-    assert len(report["devices"]) == 8
-    assert report["prefix_cache"] == {"data": "device", "model": "host"}[axis]
-
-
-def test_preserve_in_two_processes(pair, folder, reference):
-    one = {k: v for k, v in PRESERVE.items() if k != "mesh"}
-    check_equal(folder / "process-0" / "preserve", reference(one))
+    assert len(report["devices"]) == 8 and report["prefix_cache"] == RUNS[axis]["prefix_cache"]
 
 
 @pytest.mark.parametrize("axis", MESHES)
@@ -220,9 +214,10 @@ def test_every_export_is_written_once_and_whole(pair, folder, tiny_model_dir, ax
 
 def test_the_first_process_alone_writes_and_prints(pair, folder):
     assert not (folder / "process-1").exists() and not (folder / "process-1.json").exists()
-    assert pair.said(0)[0].count("written to ") == 3
-    out, lines = pair.said(1)[0], pair.said(1)[1].splitlines()
-    assert out == "" and not any(l.startswith(("note:", "editing", "before", "after")) for l in lines)
+    assert pair.said(0)[0].count("written to ") == 2
+    lines = "".join(pair.said(1)).splitlines()
+    ours = [line for line in lines if not line.startswith("[Gloo]")]  # XLA's CPU collectives
+    assert not ours, ours
 
 
 def test_an_evaluation_in_two_processes(pair, folder, tiny_model_dir, edits_file):
@@ -241,7 +236,7 @@ def test_an_evaluation_in_two_processes(pair, folder, tiny_model_dir, edits_file
 def test_a_signal_to_one_stops_both_at_one_step_and_they_resume(folder, edit_arguments, reference):
     """The second process is told to stop; both go on from there. Its --out is a folder of its own: what is
     kept lies with the first."""
-    settings = {**SHORT, "mesh": MESHES["data"], "export": "delta"}
+    settings = {**RUNS["data"], "mesh": MESHES["data"], "export": "delta"}
     jobs = [[["edit", edit_arguments(folder / f"stopped-{i}" / "out", **settings)]] for i in range(2)]
     run = Pair(folder, jobs, stop_at=5)
     assert run.wait() == [1, 1], [run.said(i) for i in range(2)]
@@ -250,7 +245,7 @@ def test_a_signal_to_one_stops_both_at_one_step_and_they_resume(folder, edit_arg
     jobs = [[[name, [*arguments, "--resume"]] for name, arguments in own] for own in jobs]
     run = Pair(folder, jobs)
     assert run.wait() == [0, 0], [run.said(i) for i in range(2)]
-    check_equal(folder / "stopped-0" / "out", reference(SHORT))
+    check_equal(folder / "stopped-0" / "out", reference(RUNS["data"]))
     report = json.loads((folder / "stopped-0" / "out" / "report.json").read_text())
     assert report["resumed"] == [6] and report["steps_run"] == 12
     assert not (folder / "stopped-1").exists()
