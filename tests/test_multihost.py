@@ -56,7 +56,8 @@ def stopping(epoch, step, *rest):  # a TPU that is preempted
         os.kill(os.getpid(), signal.SIGTERM)
     return record(epoch, step, *rest)
 
-pipeline.StepRecord = stopping
+if stop_at:
+    pipeline.StepRecord = stopping
 modules = {name: importlib.import_module("locft_jax." + name) for name in ("edit", "evaluate")}
 
 def main(argv):
@@ -279,7 +280,7 @@ def test_a_dead_process_ends_the_other(folder, edit_arguments, how):
 
 def test_wrong_input_of_one_process_ends_both(folder, edit_arguments):
     jobs = [
-        [["edit", edit_arguments(folder / "wrong", **SHORT, data_path=path)]]
+        [["edit", edit_arguments(folder / "wrong", mesh=MESHES["data"], data_path=path)]]
         for path in (folder / "edits.json", "missing.json")
     ]
     (folder / "edits.json").write_text('[{"prompt": "p", "target_new": "t"}]')
