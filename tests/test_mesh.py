@@ -15,7 +15,13 @@ from locft_jax.model.hf import save_hf
 from locft_jax.model.sharding import tensor_sharding
 from locft_jax.model.weights import locate_tensor, weight_table
 
-ODD = {"vocab_size": 321, "intermediate_size": 60, "num_attention_heads": 8, "num_key_value_heads": 2}
+ODD = {
+    "num_hidden_layers": 2,
+    "vocab_size": 321,
+    "intermediate_size": 60,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}
 # Which tensors each mesh can split, data x model.
 SPLIT = {(1, 8): {"q", "o"}, (2, 4): {"q", "o", "gate", "up", "down"}, (8, 1): set()}
 SETTINGS = {"layer": 1, "rewrite_module": "model.layers.{}", "lr": 1e-2, "batch_size": 5, "num_steps": 4}
