@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,8 +28,8 @@ HEARTBEAT = 30  # seconds after which a process that says nothing counts as dead
 PATIENCE = 300  # seconds that processes wait for each other when they begin
 CHILD = "LOCFT_JAX_CHILD"  # set in a supervised process: the pipe that tells it of its supervisor's end
 LOST = (
-    "another process of this run died or cannot be reached; its log says why; "
-    "the same command with --resume, in all of them, goes on from the last checkpoint"
+    f"another process of this run died, cannot be reached, or did not begin within {PATIENCE} s; its log says "
+    "why; the same command with --resume, on all hosts, goes on from the last checkpoint"
 )
 SIGNS = ("Gloo", "NCCL", "coordination service", "heartbeat", "Connection", "UNAVAILABLE", "DEADLINE")
 
@@ -122,7 +123,13 @@ def joined(args: argparse.Namespace, program: bool) -> Iterator[None]:
 
 
 def connect(place: Mapping[str, Any]) -> None:
-    """Find the other processes. Raises UserError, and ConnectionError when they do not come."""
+    """Find the other processes. Raises UserError, and ConnectionError where they cannot be reached."""
+    if place.get("process_id") == 0:
+        port = int(place["coordinator_address"].rpartition(":")[2])
+        try:
+            socket.create_server(("", port)).close()
+        except (OSError, OverflowError) as e:  # jax would crash
+            raise UserError(f"--coordinator: port {port} of this host cannot be used ({e})") from None
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours (editing/checkpoint.py)
     try:
@@ -138,9 +145,7 @@ def connect(place: Mapping[str, Any]) -> None:
             "elsewhere say --coordinator, --processes and --process"
         ) from None
     except RuntimeError as e:
-        raise ConnectionError(
-            f"the processes of this run did not find each other within {PATIENCE} s ({reason(e)})"
-        ) from None
+        raise ConnectionError(f"the processes of this run did not find each other ({reason(e)})") from None
     progress.quiet = jax.process_index() > 0
 
 

@@ -6,6 +6,7 @@ its supervisor and for itself), so one pair runs several commands.
 
 import argparse
 import json
+import math
 import os
 import signal
 import socket
@@ -27,6 +28,8 @@ from locft_jax.edit import main as edit
 from locft_jax.errors import UserError
 from locft_jax.evaluate import main as evaluate
 from locft_jax.model.delta import BASE
+from locft_jax.model.spec import parse_spec
+from locft_jax.model.weights import weight_table
 
 ROOT = Path(__file__).resolve().parents[1]
 WITHIN = 300  # seconds: no test waits longer for a process
@@ -38,14 +41,16 @@ RUNS = {
     "model": {**SHORT, "prefix_cache": "disk", "preserve": "soft"},
 }
 
-# Runs commands (JSON: name, arguments) one after another, having joined once; torch is hidden because
-# transformers would take seconds to import it.
+# Runs commands (JSON: name, arguments) one after another, having joined once, and counts the bytes that it
+# loads; torch is hidden because transformers would take seconds to import it.
 PROGRAM = """\
-import importlib, json, os, signal, sys
+import argparse, importlib, json, os, signal, sys
 sys.modules["torch"] = None
+import jax
 from locft_jax import hosts
 from locft_jax.commands import run_command
 from locft_jax.editing import pipeline
+from locft_jax.model import hf
 
 jobs, stop_at, heartbeat = json.loads(sys.argv.pop(1))
 hosts.HEARTBEAT = heartbeat or hosts.HEARTBEAT
@@ -58,6 +63,24 @@ def stopping(epoch, step, *rest):  # a TPU that is preempted
 
 if stop_at:
     pipeline.StepRecord = stopping
+
+make, load = jax.make_array_from_callback, hf.load_weights
+
+def load_weights(*arguments):
+    sizes = []
+    def counted(shape, sharding, callback):
+        def own(index):
+            sizes.append(callback(index).nbytes)
+            return callback(index)
+        return make(shape, sharding, own)
+    jax.make_array_from_callback = counted
+    weights = load(*arguments)
+    jax.make_array_from_callback = make
+    with open(f"loaded-{jax.process_index()}", "a") as f:
+        print(sum(sizes), file=f)
+    return weights
+
+hf.load_weights = load_weights
 modules = {name: importlib.import_module("locft_jax." + name) for name in ("edit", "evaluate")}
 
 def main(argv):
@@ -67,7 +90,6 @@ def main(argv):
         for name, arguments in jobs:
             modules[name].carry_out(modules[name].parse(arguments))
 
-import argparse
 sys.exit(run_command(main))
 """
 
@@ -231,6 +253,15 @@ def test_an_evaluation_in_two_processes(pair, folder, tiny_model_dir, edits_file
     assert [found[k] for k in ("figures", "predictions")] == [expected[k] for k in ("figures", "predictions")]
 
 
+def test_each_process_loads_what_its_own_devices_hold(pair, folder, tiny_model_dir):
+    spec = parse_spec(json.loads((tiny_model_dir / "config.json").read_text()))
+    sizes = {k: 4 * math.prod(row.shape) * max(1, row.layers) for k, row in weight_table(spec).items()}
+    halves = sum(sizes[k] for k in ("embed", "head", "gate", "up", "down"))  # split 8 ways, 4 of them here
+    for i in range(2):
+        _, model, _ = map(int, (folder / f"loaded-{i}").read_text().split())
+        assert model == halves // 2 + sum(sizes.values()) - halves
+
+
 # ---------------------------------------------------------------- stop, resume, die
 
 
@@ -337,6 +368,15 @@ def test_flags_then_environment_then_pod(nowhere):
 def test_wrong_flags(nowhere, arguments, said):
     with pytest.raises(UserError, match=said):
         hosts.parse_place(flags(*arguments))
+
+
+def test_a_port_that_is_taken():
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        for number, said in ((port, "Address already in use"), (70000, "must be 0-65535")):
+            place = {"coordinator_address": f"localhost:{number}", "num_processes": 2, "process_id": 0}
+            with pytest.raises(UserError, match=f"port {number} of this host cannot be used .*{said}"):
+                hosts.connect(place)
 
 
 def test_the_metadata_server_of_a_tpu_vm(nowhere):
