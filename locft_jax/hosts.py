@@ -28,8 +28,8 @@ HEARTBEAT = 30  # seconds after which a process that says nothing counts as dead
 PATIENCE = 300  # seconds that processes wait for each other when they begin
 CHILD = "LOCFT_JAX_CHILD"  # set in a supervised process: the pipe that tells it of its supervisor's end
 LOST = (
-    f"another process of this run died, cannot be reached, or did not begin within {PATIENCE} s; its log says "
-    "why; the same command with --resume, on all hosts, goes on from the last checkpoint"
+    f"another process of this run died, cannot be reached or did not begin within {PATIENCE} s; its log says "
+    "why; an edit goes on from its last checkpoint with the same command and --resume on all hosts"
 )
 SIGNS = ("Gloo", "NCCL", "coordination service", "heartbeat", "Connection", "UNAVAILABLE", "DEADLINE")
 
