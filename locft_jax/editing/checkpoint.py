@@ -131,6 +131,7 @@ class Checkpoints:
         """Save the state after these steps: copied to the host before this returns, written meanwhile.
         A write that fails (a full disk) is said and the run goes on; raises Interrupted if asked to stop.
         """
+        (self.stop,) = hosts.any_of(self.asked)
         new = hosts.from_first(self.manager and self.manager.latest_step() != len(records))
         # A step whose loss was finite may still have left NaN behind: the last good state is kept.
         if new and fetch(all_finite(state)):
@@ -163,7 +164,6 @@ class Checkpoints:
     def finish(self, state: EditState, records: Sequence[StepRecord]) -> float:
         """The loop has ended: keep its result until all is exported; seconds it took in all."""
         seconds = self.elapsed()
-        (self.stop,) = hosts.any_of(self.asked)
         self.save(state, records)
         self.looping = False
         return seconds
