@@ -67,10 +67,15 @@ class Outcome:
     stopped: str  # "loss_floor" | "epochs"
 
 
-def place_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """Send a packed batch to the mesh: rows split over `data`, target lists everywhere."""
+def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
+    """Where the arrays of a packed batch lie: rows split over `data`, target lists everywhere."""
     rows = rows_sharding(mesh, batch.index.shape[0])
-    return jax.tree.map(lambda a: jax.device_put(a, rows if a.ndim == 2 else replicated(mesh)), batch)
+    return jax.tree.map(lambda a: rows if a.ndim == 2 else replicated(mesh), batch)
+
+
+def place_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """Send a packed batch to the mesh."""
+    return jax.device_put(batch, batch_shardings(batch, mesh))
 
 
 def run_shape(corpus: Corpus, schedule: Schedule, mesh: Mesh) -> Shape:

@@ -180,18 +180,24 @@ def keep_rows(pool: Rows, rows: jax.Array) -> Rows:
     return Rows(keys=pool.keys[:, rows], values=pool.values[:, rows], step=pool.step, **kept)
 
 
-def _empty(reader: Reader, rows: int, slots: int, new_tokens: int) -> Rows:
-    """A pool with nobody in it."""
-    spec, mesh, dtype = reader.spec, reader.mesh, reader.weights["embed"].dtype
+def pool_like(spec: ModelSpec, mesh: Mesh, dtype: Any, rows: int, slots: int, new_tokens: int) -> Rows:
+    """Shapes and shardings of a pool."""
     heads, width, length = spec.n_kv_heads, spec.head_dim, slots + new_tokens
     cache, row = (cache_sharding(mesh, rows, heads, axis) for axis in (1, 0))
+    like = lambda shape, dtype, sharding: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)  # noqa: E731
     return Rows(
-        keys=jnp.zeros((spec.n_layers, rows, heads, width, length), dtype, device=cache),
-        values=jnp.zeros((spec.n_layers, rows, heads, length, width), dtype, device=cache),
-        **{n: jnp.zeros(rows, jnp.int32, device=row) for n in ("pads", "begun", "left", "made", "token")},
-        said=jnp.zeros((rows, new_tokens), jnp.int32, device=row),
-        step=jnp.zeros((), jnp.int32, device=replicated(mesh)),
+        keys=like((spec.n_layers, rows, heads, width, length), dtype, cache),
+        values=like((spec.n_layers, rows, heads, length, width), dtype, cache),
+        **{n: like((rows,), jnp.int32, row) for n in ("pads", "begun", "left", "made", "token")},
+        said=like((rows, new_tokens), jnp.int32, row),
+        step=like((), jnp.int32, replicated(mesh)),
     )
+
+
+def _empty(reader: Reader, rows: int, slots: int, new_tokens: int) -> Rows:
+    """A pool with nobody in it."""
+    like = pool_like(reader.spec, reader.mesh, reader.weights["embed"].dtype, rows, slots, new_tokens)
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding), like)
 
 
 class Pool:

@@ -75,6 +75,11 @@ def cache_sharding(mesh: Mesh, rows: int, heads: int, axis: int = 1) -> NamedSha
     return NamedSharding(mesh, _spelled(parts))
 
 
+def stream_sharding(mesh: Mesh, d_model: int) -> NamedSharding:
+    """Cached activations [total, D]: their width split over `model` where it divides D."""
+    return NamedSharding(mesh, P(None, "model") if d_model % mesh.shape["model"] == 0 else P())
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same everywhere."""
     return NamedSharding(mesh, P())

@@ -1,0 +1,250 @@
+"""What a run would need on machines that are not here: the programs of an edit, compiled for a topology.
+
+Nothing is computed and no array exists: shapes and shardings stand in for weights, state and batches.
+"""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from locft_jax.config import Config
+from locft_jax.data.tokens import (
+    Batch,
+    Corpus,
+    Rows,
+    corpus_from_lists,
+    epoch_batches,
+    even_rows,
+    few_sizes,
+    pack,
+)
+from locft_jax.editing.pipeline import batch_shardings, run_shape
+from locft_jax.editing.prefix import choose_mode, prefix_pass
+from locft_jax.editing.run import schedule_of
+from locft_jax.editing.site import first_layer
+from locft_jax.editing.step import EditState, Hyper, init_state, train_step
+from locft_jax.evaluation.answers import packed
+from locft_jax.evaluation.generate import MOST, Reader, decode, pool_like, read_batch
+from locft_jax.evaluation.metrics import NEW_TOKENS
+from locft_jax.model.cost import Size, Work, forward_work, train_work
+from locft_jax.model.sharding import replicated, rows_sharding, stream_sharding, tensor_sharding
+from locft_jax.model.spec import ModelSpec
+from locft_jax.model.weights import Weights, abstract_weights, locate_tensor, weight_table
+
+PREFIX_ROWS = 32  # packed rows of a prefix pass, as `cached_source` makes them
+OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]?) of")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An edit that is planned."""
+
+    spec: ModelSpec
+    config: Config
+    dtype: np.dtype  # of activations, and of the frozen weights unless these are int8
+    int8: bool
+    site: tuple[str, ...]
+    corpus: Corpus  # the edits' texts, or some of the same lengths
+    edits: int  # in all
+
+    @property
+    def layer(self) -> int:
+        return first_layer(self.spec, self.site)
+
+    @property
+    def tokens(self) -> int:
+        """Of all edits."""
+        return round(self.edits * float(self.corpus.lengths.mean()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program of a run. `weights`, `tuned`: bytes a chip among its arguments; `beside`: what the run
+    keeps on a chip meanwhile that is no argument of it."""
+
+    name: str
+    lower: Callable[[], Any]  # -> jax.stages.Lowered
+    weights: int
+    tuned: int
+    beside: int
+    work: Work
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """Bytes on each chip while a program runs, as its compiler has it. `temporaries` None: it did not fit the
+    chip, and the compiler gave only the sum."""
+
+    program: Program
+    held: int  # inputs and outputs beside weights and tuned state, and what the run keeps meanwhile
+    temporaries: int | None
+    total: int
+    seconds: float  # that the compilation took
+
+
+def assumed_corpus(edits: int, seed: int = 0) -> Corpus:
+    """Texts of ZsRE-like lengths: prompts of 6 to 32 tokens (mean 15), targets of 1 to 16 (mean 4), EOS."""
+    rng = np.random.default_rng(seed)
+    prompts = np.clip(np.round(rng.gamma(9.0, 15 / 9, edits)), 6, 32).astype(int)
+    targets = np.clip(np.round(rng.gamma(2.2, 4 / 2.2, edits)), 1, 16).astype(int)
+    return corpus_from_lists([np.zeros(n, np.int32) for n in prompts + targets + 1], prompts)
+
+
+def shaped(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    """An array that lies somewhere, without its values."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def frozen(case: Case, mesh: Mesh) -> Weights:
+    """The frozen weights' shapes on a mesh."""
+    table = weight_table(case.spec)
+    shapes = abstract_weights(case.spec, case.dtype)
+    return {
+        k: shaped(a.shape, a.dtype, tensor_sharding(mesh, case.spec, table[k])) for k, a in shapes.items()
+    }
+
+
+def tuned(case: Case, mesh: Mesh) -> EditState:
+    """The tuned state's shapes on a mesh: moments lie as their tensors, counts everywhere."""
+    rows = {n: locate_tensor(case.spec, n)[0] for n in case.site}
+    where = {n: tensor_sharding(mesh, case.spec, row, stacked=False) for n, row in rows.items()}
+    theta = {n: jax.ShapeDtypeStruct(row.shape, np.float32) for n, row in rows.items()}
+
+    def place(path: tuple[Any, ...], a: Any) -> jax.ShapeDtypeStruct:
+        name = next((k.key for k in path if isinstance(k, jax.tree_util.DictKey) and k.key in where), None)
+        return shaped(a.shape, a.dtype, replicated(mesh) if name is None else where[name])
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(init_state, theta))
+
+
+def chip_bytes(tree: Any) -> int:
+    """Bytes of the arrays' shards on one device."""
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
+def placed(batch: Batch, mesh: Mesh) -> Batch:
+    """The shapes of a packed batch on a mesh, as `place_batch` sends it."""
+    return jax.tree.map(lambda a, s: shaped(a.shape, a.dtype, s), batch, batch_shardings(batch, mesh))
+
+
+def cache_mode(case: Case, mesh: Mesh, free: float) -> str:
+    """Where the run keeps its activations below the site, where a device has `free` bytes left."""
+    budget = case.config.memory_budget
+    device = 0.8 * max(0.0, free) if budget is None else budget * 2**30
+    size = case.tokens * case.spec.d_model * case.dtype.itemsize
+    return choose_mode(case.config.prefix_cache, case.layer, size, device, float("inf"))
+
+
+def programs(case: Case, mesh: Mesh, memory: float) -> list[Program]:
+    """The programs of an edit on a mesh of chips with `memory` bytes each."""
+    weights, state = frozen(case, mesh), tuned(case, mesh)
+    held = {"weights": chip_bytes(weights), "tuned": chip_bytes(state)}
+    mode = cache_mode(case, mesh, memory - sum(held.values()))
+    found = [train_program(case, mesh, weights, state, mode)]
+    if mode != "off":
+        found.append(prefix_program(case, mesh, weights, chip_bytes(state)))
+    if case.config.evaluate:
+        found += evaluation_programs(case, mesh, weights, state)
+    return found
+
+
+def train_program(case: Case, mesh: Mesh, weights: Weights, state: EditState, mode: str) -> Program:
+    """The training step on mini-batches as the run makes them."""
+    schedule = dataclasses.replace(schedule_of(case.config), epochs=1)
+    which = next(epoch_batches(len(case.corpus), case.config.batch_size, case.config.seed, 0))
+    packed_batch = pack(case.corpus, which, run_shape(case.corpus, schedule, mesh))
+    assert packed_batch is not None, "run_shape saw the first mini-batch"
+    batch, d = placed(packed_batch, mesh), case.spec.d_model
+    start = 0 if mode == "off" else case.layer
+    if mode == "off":
+        source = shaped((case.tokens,), np.int32, replicated(mesh))
+    else:  # elsewhere than on the device, only the batch's own travel
+        slots = case.tokens if mode == "device" else batch.index.size
+        source = shaped((slots, d), case.dtype, stream_sharding(mesh, d))
+    number = shaped((), np.float32, replicated(mesh))
+    hyper: Any = Hyper(number, number, number, None if case.config.norm_constraint is None else number)
+    size = Size(batch.index.size, batch.index.shape[1], batch.labels.size, case.dtype.itemsize)
+    held, own = chip_bytes(weights), chip_bytes(state)
+    return Program(
+        "train step",
+        lambda: train_step.lower(case.spec, start, hyper, state, weights, {}, source, batch),
+        held,
+        own,
+        0,
+        train_work(case.spec, mesh.shape, case.site, start, size, held, own),
+    )
+
+
+def prefix_program(case: Case, mesh: Mesh, weights: Weights, beside: int) -> Program:
+    """The pass that fills the prefix cache; the tuned state is there already."""
+    length, rows = even_rows(case.corpus, case.config.row_length, PREFIX_ROWS, mesh.shape["data"])
+    grid = shaped((rows, length), np.int32, rows_sharding(mesh, rows))
+    size = Size(rows * length, length, 0, case.dtype.itemsize)
+    held = chip_bytes(weights)
+    return Program(
+        "prefix pass",
+        lambda: prefix_pass.lower(case.spec, case.layer, weights, {}, grid, Rows(grid, grid)),
+        held,
+        0,
+        beside,
+        forward_work(case.spec, mesh.shape, case.layer, size, held),
+    )
+
+
+def evaluation_programs(case: Case, mesh: Mesh, weights: Weights, state: EditState) -> list[Program]:
+    """The teacher-forced pass over the edited prompts, and one decoding step of a full pool."""
+    spec, everywhere = case.spec, replicated(mesh)
+    edits = {n: shaped(a.shape, case.dtype, a.sharding) for n, a in state.theta.items()}
+    reader = Reader(spec, weights, edits, mesh, case.config.row_length)
+    _, first, _ = next(packed(case.corpus, np.arange(len(case.corpus)), reader))
+    batch, ids = placed(first, mesh), shaped((case.tokens,), np.int32, everywhere)
+    slots = few_sizes(int(case.corpus.lengths.max()), 32, 1)
+    pool = pool_like(spec, mesh, case.dtype, few_sizes(MOST, 16, 4), slots, NEW_TOKENS - 1)
+    stop, enough = shaped((spec.vocab_size,), np.bool_, everywhere), shaped((), np.int32, everywhere)
+    held, own, cache = chip_bytes(weights), chip_bytes(edits), chip_bytes((pool.keys, pool.values))
+    reading = Size(batch.index.size, batch.index.shape[1], batch.labels.size, case.dtype.itemsize)
+    step = Size(MOST, slots + NEW_TOKENS - 1, MOST, case.dtype.itemsize)
+    return [
+        Program(
+            "evaluation pass",
+            lambda: read_batch.lower(spec, case.layer, weights, edits, ids, batch),
+            held,
+            own,
+            cache,
+            forward_work(spec, mesh.shape, spec.n_layers, reading, held),
+        ),
+        Program(
+            "decoding step",
+            lambda: decode.lower(spec, weights, edits, pool, stop, enough),
+            held,
+            own,
+            0,
+            forward_work(spec, mesh.shape, spec.n_layers, step, held, cache),
+        ),
+    ]
+
+
+def compiled(program: Program, mesh: Mesh) -> Usage:
+    """What the program takes on each chip of the mesh, by the compiler of its devices."""
+    begin = time.monotonic()
+    try:
+        with jax.set_mesh(mesh):
+            stats = program.lower().compile().memory_analysis()
+    except RuntimeError as e:
+        found = OUT_OF_MEMORY.search(str(e))
+        if "RESOURCE_EXHAUSTED" not in str(e) or not found:
+            raise
+        total = int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) + program.beside
+        return Usage(program, 0, None, total, time.monotonic() - begin)
+    seconds = time.monotonic() - begin
+    ends = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    held = ends - program.weights - program.tuned + program.beside
+    temporaries = stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+    return Usage(program, held, temporaries, ends + program.beside + temporaries, seconds)
