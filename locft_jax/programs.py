@@ -34,9 +34,15 @@ from locft_jax.evaluation.answers import packed
 from locft_jax.evaluation.generate import MOST, Reader, decode, pool_like, read_batch
 from locft_jax.evaluation.metrics import NEW_TOKENS
 from locft_jax.model.cost import Size, Work, forward_work, train_work
-from locft_jax.model.sharding import replicated, rows_sharding, stream_sharding, tensor_sharding
+from locft_jax.model.sharding import (
+    replicated,
+    rows_sharding,
+    stream_sharding,
+    tensor_sharding,
+    weight_shardings,
+)
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Weights, abstract_weights, locate_tensor, weight_table
+from locft_jax.model.weights import Weights, abstract_weights, locate_tensor
 
 PREFIX_ROWS = 32  # packed rows of a prefix pass, as `cached_source` makes them
 OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]?) of")
@@ -104,11 +110,9 @@ def shaped(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeS
 
 def frozen(case: Case, mesh: Mesh) -> Weights:
     """The frozen weights' shapes on a mesh."""
-    table = weight_table(case.spec)
-    shapes = abstract_weights(case.spec, case.dtype)
-    return {
-        k: shaped(a.shape, a.dtype, tensor_sharding(mesh, case.spec, table[k])) for k, a in shapes.items()
-    }
+    shapes = abstract_weights(case.spec, case.dtype, case.int8)
+    where = weight_shardings(mesh, case.spec, case.int8)
+    return jax.tree.map(lambda a, s: shaped(a.shape, a.dtype, s), shapes, where)
 
 
 def tuned(case: Case, mesh: Mesh) -> EditState:
