@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from locft_jax.data.tokens import Rows, Targets
 from locft_jax.model.quantize import Quantized, product, take_rows
+from locft_jax.model.sharding import split_width, whole_width
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights, activation_dtype, split_edits
 
@@ -88,7 +89,7 @@ def keys_values(spec: ModelSpec, w: Weights, x: jax.Array, positions: jax.Array)
 @jax.named_scope("mlp")
 def mlp(spec: ModelSpec, w: Weights, x: jax.Array) -> jax.Array:
     """SwiGLU on the residual stream: x [..., D] -> x + mlp(norm(x))."""
-    h = rms_norm(x, w["mlp_norm"], spec.rms_eps)
+    h = whole_width(rms_norm(x, w["mlp_norm"], spec.rms_eps))
     return x + linear(jax.nn.silu(linear(h, w["gate"])) * linear(h, w["up"]), w["down"])
 
 
@@ -109,11 +110,11 @@ def block(
     spec: ModelSpec, w: Weights, x: jax.Array, rows: Rows, window: jax.Array
 ) -> tuple[jax.Array, KeysValues]:
     """One decoder layer on packed rows: x [B, T, D] -> [B, T, D], and its keys and values."""
-    h = rms_norm(x, w["attn_norm"], spec.rms_eps)
+    h = whole_width(rms_norm(x, w["attn_norm"], spec.rms_eps))
     k, v = keys_values(spec, w, h, rows.positions)
     mask = segment_mask(rows.segments, rows.positions, rows, window)
-    x = x + linear(attention(queries(spec, w, h, rows.positions), k, v, mask), w["o"])
-    return mlp(spec, w, x), (k, v)
+    x = split_width(x + linear(attention(queries(spec, w, h, rows.positions), k, v, mask), w["o"]))
+    return split_width(mlp(spec, w, x)), (k, v)
 
 
 @jax.named_scope("last_block")
@@ -130,7 +131,7 @@ def last_block(
     Keys and values need every position; query, output and MLP only the targets. Queries are laid
     out by row ([B, W]) for the attention itself and are flat ([M]) for every matrix product.
     """
-    h = rms_norm(x, w["attn_norm"], spec.rms_eps)
+    h = whole_width(rms_norm(x, w["attn_norm"], spec.rms_eps))
     k, v = keys_values(spec, w, h, rows.positions)
     segments, positions = rows.segments.reshape(-1)[targets.at], rows.positions.reshape(-1)[targets.at]
     q = queries(spec, w, h.reshape(-1, spec.d_model)[targets.at], positions)[targets.of_row]
@@ -185,7 +186,7 @@ def head(spec: ModelSpec, weights: Weights, edits: Edits, x: jax.Array) -> jax.A
     """Final norm and vocabulary projection: x [..., D] -> logits [..., V] in float32."""
     single = {k: a.astype(activation_dtype(weights)) for k, a in split_edits(spec, edits)[0].items()}
     w: Weights = {k: single.get(k, weights[k]) for k in ("embed", "norm", "head") if k in weights}
-    x, table = rms_norm(x, w["norm"], spec.rms_eps), w.get("head", w["embed"])
+    x, table = whole_width(rms_norm(x, w["norm"], spec.rms_eps)), w.get("head", w["embed"])
     if isinstance(table, Quantized):
         return product(x, table, jnp.float32)
     return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)

@@ -23,12 +23,8 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: list[jax.Device] 
     Raises UserError when the product does not fit the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": 1, "model": -1, **(shape or {})}
-    known = math.prod(s for s in sizes.values() if s > 0)
-    if -1 in sizes.values() and len(devices) % known == 0:
-        sizes = {k: len(devices) // known if s == -1 else s for k, s in sizes.items()}
-    total = sizes["data"] * sizes["model"]
-    if min(sizes.values()) < 1 or total > len(devices) or len(devices) % total:
+    sizes = resolve_sizes(shape or {}, len(devices))
+    if sizes is None:
         raise UserError(
             f"mesh: {dict(shape or {})} does not fit {len(devices)} device(s); "
             f"data x model must divide {len(devices)}, for example {{data: 1, model: {len(devices)}}}"
@@ -37,8 +33,18 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: list[jax.Device] 
         (sizes["data"], sizes["model"]),
         ("data", "model"),
         axis_types=(AxisType.Auto, AxisType.Auto),
-        devices=devices[:total],
+        devices=devices[: sizes["data"] * sizes["model"]],
     )
+
+
+def resolve_sizes(shape: Mapping[str, int], count: int) -> dict[str, int] | None:
+    """Sizes of both axes over `count` devices, -1 replaced by what is left; None where they do not fit."""
+    sizes = {"data": 1, "model": -1, **shape}
+    known = math.prod(s for s in sizes.values() if s > 0)
+    if -1 in sizes.values() and count % known == 0:
+        sizes = {k: count // known if s == -1 else s for k, s in sizes.items()}
+    total = sizes["data"] * sizes["model"]
+    return None if min(sizes.values()) < 1 or total > count or count % total else sizes
 
 
 def tensor_spec(mesh: Mesh | AbstractMesh, spec: ModelSpec, row: Row, stacked: bool = True) -> P:
@@ -88,6 +94,24 @@ def cache_sharding(mesh: Mesh, rows: int, heads: int, axis: int = 1) -> NamedSha
 def stream_sharding(mesh: Mesh, d_model: int) -> NamedSharding:
     """Cached activations [total, D]: their width split over `model` where it divides D."""
     return NamedSharding(mesh, P(None, "model") if d_model % mesh.shape["model"] == 0 else P())
+
+
+def split_width(x: jax.Array) -> jax.Array:
+    """x [..., D] with D split over the `model` axis of the mesh in context (`jax.set_mesh`), where there is
+    one that divides it: the residual stream between products, which is kept for the backward pass."""
+    return _constrained(x, "model")
+
+
+def whole_width(x: jax.Array) -> jax.Array:
+    """x [..., D] with all of D on every device: what enters a product whose outputs are split."""
+    return _constrained(x, None)
+
+
+def _constrained(x: jax.Array, part: str | None) -> jax.Array:
+    size = jax.sharding.get_abstract_mesh().shape.get("model", 1)
+    if size == 1 or x.shape[-1] % size:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*[P.UNCONSTRAINED] * (x.ndim - 1), part))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

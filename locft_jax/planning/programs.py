@@ -1,12 +1,10 @@
-"""What a run would need on machines that are not here: the programs of an edit, compiled for a topology.
+"""The programs of an edit on a mesh, before there is anything to run them on.
 
 Nothing is computed and no array exists: shapes and shardings stand in for weights, state and batches.
 """
 
 import dataclasses
 import math
-import re
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +12,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from locft_jax.config import Config
 from locft_jax.data.tokens import (
     Batch,
-    Corpus,
     Rows,
-    corpus_from_lists,
     epoch_batches,
     even_rows,
     few_sizes,
@@ -28,12 +23,10 @@ from locft_jax.data.tokens import (
 from locft_jax.editing.pipeline import batch_shardings, run_shape
 from locft_jax.editing.prefix import choose_mode, prefix_pass
 from locft_jax.editing.run import schedule_of
-from locft_jax.editing.site import first_layer
 from locft_jax.editing.step import EditState, Hyper, init_state, train_step
 from locft_jax.evaluation.answers import packed
 from locft_jax.evaluation.generate import MOST, Reader, decode, pool_like, read_batch
 from locft_jax.evaluation.metrics import NEW_TOKENS
-from locft_jax.model.cost import Size, Work, forward_work, train_work
 from locft_jax.model.sharding import (
     replicated,
     rows_sharding,
@@ -41,33 +34,11 @@ from locft_jax.model.sharding import (
     tensor_sharding,
     weight_shardings,
 )
-from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Weights, abstract_weights, locate_tensor
+from locft_jax.planning.case import Case
+from locft_jax.planning.cost import Size, Work, forward_work, train_work
 
 PREFIX_ROWS = 32  # packed rows of a prefix pass, as `cached_source` makes them
-OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]?) of")
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """An edit that is planned."""
-
-    spec: ModelSpec
-    config: Config
-    dtype: np.dtype  # of activations, and of the frozen weights unless these are int8
-    int8: bool
-    site: tuple[str, ...]
-    corpus: Corpus  # the edits' texts, or some of the same lengths
-    edits: int  # in all
-
-    @property
-    def layer(self) -> int:
-        return first_layer(self.spec, self.site)
-
-    @property
-    def tokens(self) -> int:
-        """Of all edits."""
-        return round(self.edits * float(self.corpus.lengths.mean()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,26 +52,6 @@ class Program:
     tuned: int
     beside: int
     work: Work
-
-
-@dataclasses.dataclass(frozen=True)
-class Usage:
-    """Bytes on each chip while a program runs, as its compiler has it. `temporaries` None: it did not fit the
-    chip, and the compiler gave only the sum."""
-
-    program: Program
-    held: int  # inputs and outputs beside weights and tuned state, and what the run keeps meanwhile
-    temporaries: int | None
-    total: int
-    seconds: float  # that the compilation took
-
-
-def assumed_corpus(edits: int, seed: int = 0) -> Corpus:
-    """Texts of ZsRE-like lengths: prompts of 6 to 32 tokens (mean 15), targets of 1 to 16 (mean 4), EOS."""
-    rng = np.random.default_rng(seed)
-    prompts = np.clip(np.round(rng.gamma(9.0, 15 / 9, edits)), 6, 32).astype(int)
-    targets = np.clip(np.round(rng.gamma(2.2, 4 / 2.2, edits)), 1, 16).astype(int)
-    return corpus_from_lists([np.zeros(n, np.int32) for n in prompts + targets + 1], prompts)
 
 
 def shaped(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -233,22 +184,3 @@ def evaluation_programs(case: Case, mesh: Mesh, weights: Weights, state: EditSta
             forward_work(spec, mesh.shape, spec.n_layers, step, held, cache),
         ),
     ]
-
-
-def compiled(program: Program, mesh: Mesh) -> Usage:
-    """What the program takes on each chip of the mesh, by the compiler of its devices."""
-    begin = time.monotonic()
-    try:
-        with jax.set_mesh(mesh):
-            stats = program.lower().compile().memory_analysis()
-    except RuntimeError as e:
-        found = OUT_OF_MEMORY.search(str(e))
-        if "RESOURCE_EXHAUSTED" not in str(e) or not found:
-            raise
-        total = int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) + program.beside
-        return Usage(program, 0, None, total, time.monotonic() - begin)
-    seconds = time.monotonic() - begin
-    ends = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    held = ends - program.weights - program.tuned + program.beside
-    temporaries = stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
-    return Usage(program, held, temporaries, ends + program.beside + temporaries, seconds)

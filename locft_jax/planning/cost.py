@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.topology import Chip
 from locft_jax.model.weights import locate_tensor, weight_table
+from locft_jax.planning.topology import Chip
 
 
 @dataclasses.dataclass(frozen=True)
