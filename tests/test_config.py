@@ -395,6 +395,10 @@ def test_the_papers_settings():
         "llama3-8b-counterfact",
         "mistral-7b-zsre",
         "qwen2.5-7b-zsre",
+        "qwen2.5-14b-zsre",
+        "qwen2.5-32b-zsre",
+        "qwen2.5-72b-zsre",
+        "qwen2.5-72b-zsre-100k",
     }
     down = "model.layers.{}.mlp.down_proj.weight"
     for stem, expected in {
@@ -402,6 +406,10 @@ def test_the_papers_settings():
         "llama3-8b-counterfact": (22, down, 5e-4),
         "mistral-7b-zsre": (23, "model.layers.{}", 5e-5),
         "qwen2.5-7b-zsre": (6, down, 5e-4),
+        "qwen2.5-14b-zsre": (11, down, 5e-4),
+        "qwen2.5-32b-zsre": (15, down, 5e-4),
+        "qwen2.5-72b-zsre": (19, down, 5e-4),
+        "qwen2.5-72b-zsre-100k": (19, down, 5e-4),
     }.items():
         c = settings_of[stem]
         assert (c.layer, c.rewrite_module, c.lr) == expected

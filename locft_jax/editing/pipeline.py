@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from locft_jax.data.tokens import Batch, Corpus, Shape, epoch_batches, fit_shape, pack
 from locft_jax.editing.prefix import Source
 from locft_jax.editing.step import EditState, Hyper, train_step
-from locft_jax.model.sharding import replicated, rows_sharding
+from locft_jax.model.sharding import replicated, rows_sharding, source_sharding
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights
 
@@ -202,7 +202,8 @@ def run_pipeline(
             batch = pack(corpus, which, shape, schedule.average)
             assert batch is not None, "run_shape saw every batch"
             array, batch = source.feed(batch)
-            yield which, jax.device_put(array, everywhere), place_batch(batch, mesh)
+            place = source_sharding(mesh, array.shape)
+            yield which, jax.device_put(array, place), place_batch(batch, mesh)
 
     records = list(done)
     pending: tuple[int, np.ndarray, jax.Array] | None = None

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from locft_jax.data.tokens import Batch, Corpus, Rows, even_rows, fit_shape, pack, sequential_batches
 from locft_jax.errors import UserError
 from locft_jax.model import decoder
-from locft_jax.model.sharding import replicated, rows_sharding
+from locft_jax.model.sharding import replicated, rows_sharding, source_sharding
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights, activation_dtype
 
@@ -87,7 +87,10 @@ def empty_values(mode: str, shape: tuple[int, int], dtype: Any, folder: Path | N
 
 def filled_source(values: np.ndarray, layer: int, mode: str, mesh: Mesh) -> Source:
     """What `empty_values` gave, with activations in it, where `mode` wants it."""
-    return Source(jax.device_put(values, replicated(mesh)) if mode == "device" else values, layer, mode)
+    there = mode == "device"
+    return Source(
+        jax.device_put(values, source_sharding(mesh, values.shape)) if there else values, layer, mode
+    )
 
 
 def cached_source(

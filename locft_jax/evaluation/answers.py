@@ -29,7 +29,7 @@ from locft_jax.editing.prefix import Source, empty_values, filled_source, token_
 from locft_jax.editing.step import target_logits
 from locft_jax.evaluation.generate import MOST, Pool, Reader, read_batch
 from locft_jax.model import decoder
-from locft_jax.model.sharding import replicated
+from locft_jax.model.sharding import replicated, source_sharding
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights, activation_dtype
 
@@ -79,7 +79,7 @@ def score_corpus(
     source = source or token_source(corpus, reader.mesh)
     for chunk, batch, _ in packed(corpus, which, reader):
         array, fed = source.feed(batch)
-        array = jax.device_put(array, replicated(reader.mesh))
+        array = jax.device_put(array, source_sharding(reader.mesh, array.shape))
         best, logprob = score_batch(
             reader.spec, source.layer, reader.weights, reader.edits, array, place_batch(fed, reader.mesh)
         )

@@ -6,6 +6,7 @@ dimension that the `model` axis does not divide is replicated: slower, never wro
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
@@ -53,10 +54,12 @@ def tensor_spec(mesh: Mesh | AbstractMesh, spec: ModelSpec, row: Row, stacked: b
     # Splitting inside a head would split its rotary pairs: heads are split whole or not at all.
     units = {"vocab": spec.vocab_size, "heads": spec.n_heads, "kv_heads": spec.n_kv_heads, "mlp": spec.d_ff}
     parts = ["model" if a and size > 1 and units[a] % size == 0 else None for a in row.axes]
+    if row.axes == ("kv_heads", None) and parts[0] is None and size > 1 and spec.d_model % size == 0:
+        parts[1] = "model"  # fewer heads than devices: split what is summed over
     return _spelled([None, *parts] if row.layers and stacked else parts)
 
 
-def _spelled(parts: list[str | None]) -> P:
+def _spelled(parts: list[Any]) -> P:
     """As JAX writes a result's partition (no axis of size 1, no None at the end): a step's state is the
     next step's input, and another spelling would compile the step a second time."""
     while parts and parts[-1] is None:
@@ -85,20 +88,26 @@ def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
 
 def cache_sharding(mesh: Mesh, rows: int, heads: int, axis: int = 1) -> NamedSharding:
     """Arrays of a KV cache [L, rows, heads, ...], or (`axis` 0) [rows, ...]: rows split over `data`,
-    heads over `model`, where those divide them."""
+    heads over `model`, where those divide them; with fewer heads than devices, rows over both."""
     split = lambda name, size: name if mesh.shape[name] > 1 and size % mesh.shape[name] == 0 else None  # noqa: E731
-    parts = [split("data", rows)] if axis == 0 else [None, split("data", rows), split("model", heads)]
+    parts: list[Any] = (
+        [split("data", rows)] if axis == 0 else [None, split("data", rows), split("model", heads)]
+    )
+    if axis and parts[2] is None and mesh.shape["model"] > 1 and rows % mesh.size == 0:
+        parts[1] = ("data", "model") if mesh.shape["data"] > 1 else "model"
     return NamedSharding(mesh, _spelled(parts))
 
 
-def stream_sharding(mesh: Mesh, d_model: int) -> NamedSharding:
-    """Cached activations [total, D]: their width split over `model` where it divides D."""
-    return NamedSharding(mesh, P(None, "model") if d_model % mesh.shape["model"] == 0 else P())
+def source_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """What a step looks up in: token ids [total] lie everywhere, the width of activations [total, D] is
+    split over `model` where that divides it."""
+    split = len(shape) == 2 and mesh.shape["model"] > 1 and shape[1] % mesh.shape["model"] == 0
+    return NamedSharding(mesh, P(None, "model") if split else P())
 
 
 def split_width(x: jax.Array) -> jax.Array:
-    """x [..., D] with D split over the `model` axis of the mesh in context (`jax.set_mesh`), where there is
-    one that divides it: the residual stream between products, which is kept for the backward pass."""
+    """x [..., D] with D split over the `model` axis of the mesh that it lies on, where that divides it: the
+    residual stream between products, of which a step keeps every layer's for the backward pass."""
     return _constrained(x, "model")
 
 
@@ -108,10 +117,13 @@ def whole_width(x: jax.Array) -> jax.Array:
 
 
 def _constrained(x: jax.Array, part: str | None) -> jax.Array:
-    size = jax.sharding.get_abstract_mesh().shape.get("model", 1)
+    mesh = jax.typeof(x).sharding.mesh  # empty on a single device
+    size = mesh.shape.get("model", 1)
     if size == 1 or x.shape[-1] % size:
         return x
-    return jax.lax.with_sharding_constraint(x, P(*[P.UNCONSTRAINED] * (x.ndim - 1), part))
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(mesh, P(*[P.UNCONSTRAINED] * (x.ndim - 1), part))
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
-
 from locft_jax.model.memory import Need, estimate, step_of
 from locft_jax.model.sharding import make_mesh, resolve_sizes
 from locft_jax.planning.case import Case
@@ -102,13 +100,12 @@ def compile_all(case: Case, outcome: Outcome, say: Say) -> Outcome:
     usages = []
     for program in programs(case, mesh, topology.memory):
         say(f"{topology.name}, mesh {outcome.mesh}: compiling the {program.name}")
-        with jax.set_mesh(mesh):
-            usages.append(compiled(program))
+        usages.append(compiled(program))
     return dataclasses.replace(outcome, usages=tuple(usages))
 
 
 def compiled(program: Program) -> Usage:
-    """What the program takes on each chip of the mesh in context, by the compiler of its devices."""
+    """What the program takes on each chip, by the compiler of its devices."""
     begin = time.monotonic()
     try:
         stats = program.lower().compile().memory_analysis()

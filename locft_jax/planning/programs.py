@@ -30,7 +30,7 @@ from locft_jax.evaluation.metrics import NEW_TOKENS
 from locft_jax.model.sharding import (
     replicated,
     rows_sharding,
-    stream_sharding,
+    source_sharding,
     tensor_sharding,
     weight_shardings,
 )
@@ -122,7 +122,7 @@ def train_program(case: Case, mesh: Mesh, weights: Weights, state: EditState, mo
         source = shaped((case.tokens,), np.int32, replicated(mesh))
     else:  # elsewhere than on the device, only the batch's own travel
         slots = case.tokens if mode == "device" else batch.index.size
-        source = shaped((slots, d), case.dtype, stream_sharding(mesh, d))
+        source = shaped((slots, d), case.dtype, source_sharding(mesh, (slots, d)))
     number = shaped((), np.float32, replicated(mesh))
     hyper: Any = Hyper(number, number, number, None if case.config.norm_constraint is None else number)
     size = Size(batch.index.size, batch.index.shape[1], batch.labels.size, case.dtype.itemsize)
