@@ -90,9 +90,9 @@ def estimate(
     tuned = sum(held(locate_tensor(spec, name)[0]) for name in site) * 4 * np.dtype(np.float32).itemsize
     used = 0
     if step is not None:
-        q, f = held(table["q"]) // spec.d_model, held(table["gate"]) // spec.d_model
-        kv, vocabulary = held(table["k"]) // spec.d_model, held(table["embed"]) // spec.d_model
-        token = (2 * q + 2 * kv + 2 * spec.d_model + 2 * f) * itemsize + q // spec.head_dim * step.length * 4
+        q, kv, f, vocabulary = (held(table[key].scales()) for key in ("q", "k", "gate", "embed"))
+        stream = spec.d_model // sizes["model"] if spec.d_model % sizes["model"] == 0 else spec.d_model
+        token = (2 * q + 2 * kv + 2 * stream + 2 * f) * itemsize + q // spec.head_dim * step.length * 4
         used = (spec.n_layers - step.first) * math.ceil(step.tokens / sizes["data"]) * token
         used += step.targets * vocabulary * 2 * 4
     return Need(weights, tuned, used)

@@ -75,8 +75,9 @@ def verdict(outcome: Outcome, other: Outcome | None) -> str:
 
 
 def _memory(outcome: Outcome) -> Table:
-    table = Table(title="GiB a chip", title_justify="left")
-    columns = ("program", "weights", "tuned state", "batch, caches", "temporaries", "in all", "headroom")
+    title = "GiB a chip" if outcome.usages else "GiB a chip, by arithmetic"
+    table = Table(title=title, title_justify="left")
+    columns = ("program", "weights", "tuned", "caches", "temporaries", "total", "headroom")
     for name in columns:
         table.add_column(name, justify="left" if name == "program" else "right")
     memory = outcome.topology.memory
@@ -97,7 +98,7 @@ def _memory(outcome: Outcome) -> Table:
     if not outcome.usages:
         need = outcome.need
         add(
-            "train step (arithmetic)",
+            "train step",
             need.weights,
             need.tuned,
             None,
@@ -109,8 +110,8 @@ def _memory(outcome: Outcome) -> Table:
 
 
 def _work(outcome: Outcome) -> Table:
-    table = Table(title="a call of each, by arithmetic", title_justify="left")
-    for name in ("program", "TFLOP", "GiB sent a chip", "at least", "limited by", "compiled in"):
+    table = Table(title="one call, by arithmetic", title_justify="left")
+    for name in ("program", "TFLOP", "GiB sent", "at least", "limited by", "compiled"):
         table.add_column(name, justify="left" if name in ("program", "limited by") else "right")
     for u in outcome.usages:
         work, bound = u.program.work, u.program.work.bound(outcome.topology.chip, outcome.topology.count)

@@ -52,7 +52,9 @@ def test_a_step_grows_with_tokens_and_layers_and_shrinks_with_the_mesh(llama):
     assert size(Step(100, 6144, 64, 600, 22)) - logits == 2 * one
     assert size(Step(100, 3072, 64, 600, 27)) - logits == one / 2
     assert size(step, data=2) - logits == one / 2
-    assert one / 8 < size(step, model=8) - logits / 8 < one / 3  # the residual stream is not split
+    assert size(step, model=8) == (one + logits) / 8  # the residual stream too
+    heads = size(step, model=16) - (one + logits) / 16  # its 8 key and value heads are not split
+    assert heads == 10 * 3072 * 2 * (2 * 1024 - 2 * 1024 / 16)
 
 
 def test_the_size_of_a_batch_is_that_of_mean_examples():

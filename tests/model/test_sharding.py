@@ -81,8 +81,9 @@ def test_a_cache_splits_rows_and_heads_where_they_divide():
     mesh = make_mesh({"data": 2, "model": 4})
     spec = lambda *sizes: cache_sharding(mesh, *sizes).spec  # noqa: E731
     assert spec(16, 8) == jax.P(None, "data", "model")
-    assert spec(16, 2) == jax.P(None, "data") and spec(5, 8) == jax.P(None, None, "model")
+    assert spec(12, 2) == jax.P(None, "data") and spec(5, 8) == jax.P(None, None, "model")
     assert spec(5, 2) == jax.P() and spec(16, 8, 0) == jax.P("data")
+    assert spec(16, 2) == jax.P(None, ("data", "model"))  # fewer heads than devices
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 97, 320, 1000])
