@@ -123,8 +123,8 @@ def train_program(case: Case, mesh: Mesh, weights: Weights, state: EditState, mo
     else:  # elsewhere than on the device, only the batch's own travel
         slots = case.tokens if mode == "device" else batch.index.size
         source = shaped((slots, d), case.dtype, source_sharding(mesh, (slots, d)))
-    number = shaped((), np.float32, replicated(mesh))
-    hyper: Any = Hyper(number, number, number, None if case.config.norm_constraint is None else number)
+    number: Any = shaped((), np.float32, replicated(mesh))
+    hyper = Hyper(number, number, number, None if case.config.norm_constraint is None else number)
     size = Size(batch.index.size, batch.index.shape[1], batch.labels.size, case.dtype.itemsize)
     held, own = chip_bytes(weights), chip_bytes(state)
     return Program(
@@ -156,7 +156,7 @@ def prefix_program(case: Case, mesh: Mesh, weights: Weights, beside: int) -> Pro
 def evaluation_programs(case: Case, mesh: Mesh, weights: Weights, state: EditState) -> list[Program]:
     """The teacher-forced pass over the edited prompts, and one decoding step of a full pool."""
     spec, everywhere = case.spec, replicated(mesh)
-    edits = {n: shaped(a.shape, case.dtype, a.sharding) for n, a in state.theta.items()}
+    edits: Any = {n: shaped(a.shape, case.dtype, a.sharding) for n, a in state.theta.items()}
     reader = Reader(spec, weights, edits, mesh, case.config.row_length)
     _, first, _ = next(packed(case.corpus, np.arange(len(case.corpus)), reader))
     batch, ids = placed(first, mesh), shaped((case.tokens,), np.int32, everywhere)
