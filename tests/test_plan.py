@@ -271,7 +271,7 @@ def test_the_demo_on_this_machine(capsys):
     [
         (["--topology", "v5e:9x9"], "--topology: 'v5e:9x9' is not known"),
         (["--topology", "gpu:8", "--set", "model_name_or_path=no/such-model"], "--model-config FILE"),
-        (["--topology", "gpu:8", "--model-config", "{tmp}/none.json"], "none.json: cannot be read"),
+        (["--topology", "gpu:8", "--model-config", "{tmp}/none.json"], "--model-config: no file"),
         (["--topology", "gpu:8", "--set", "layer=80"], "out of range"),
         (["--topology", "gpu:8", "--batch_size", "0"], "batch_size"),
         (["--topology", "v5e:4x4"], "pip install 'locft_jax[aot]'"),

@@ -48,8 +48,10 @@ class Case:
 def make_case(config: Config, model_config: Path | None = None) -> tuple[Case, list[str]]:
     """What the config edits, and notes on what had to be assumed. `model_config`: the model's config.json.
 
-    Raises UserError for a model of which no config.json is here, and as the edit itself would.
+    Raises UserError for a model of which no config.json is here, and where the edit itself would.
     """
+    if model_config is not None and not model_config.exists():
+        raise UserError(f"--model-config: no file {str(model_config)!r}")
     path = model_config or find_shape(config)
     values = read_config(path)
     spec = parse_spec(values, str(path))

@@ -84,6 +84,12 @@ def chip_bytes(tree: Any) -> int:
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
+def unread(weights: Weights, *keys: str) -> int:
+    """Bytes on one device of weights that a program does not read: `jax.jit` leaves them out of its
+    arguments. (Tied, the embedding is the head too.)"""
+    return chip_bytes([weights[k] for k in keys if k in weights and (k != "embed" or "head" in weights)])
+
+
 def placed(batch: Batch, mesh: Mesh) -> Batch:
     """The shapes of a packed batch on a mesh, as `place_batch` sends it."""
     return jax.tree.map(lambda a, s: shaped(a.shape, a.dtype, s), batch, batch_shardings(batch, mesh))
@@ -132,7 +138,7 @@ def train_program(case: Case, mesh: Mesh, weights: Weights, state: EditState, mo
         lambda: train_step.lower(case.spec, start, hyper, state, weights, {}, source, batch),
         held,
         own,
-        0,
+        unread(weights, "embed") if start else 0,
         train_work(case.spec, mesh.shape, case.site, start, size, held, own),
     )
 
@@ -148,7 +154,7 @@ def prefix_program(case: Case, mesh: Mesh, weights: Weights, beside: int) -> Pro
         lambda: prefix_pass.lower(case.spec, case.layer, weights, {}, grid, Rows(grid, grid)),
         held,
         0,
-        beside,
+        beside + unread(weights, "norm", "head"),
         forward_work(case.spec, mesh.shape, case.layer, size, held),
     )
 

@@ -80,7 +80,7 @@ def parse_topology(text: str, memory: float | None = None) -> Topology:
     """
     kind, _, rest = text.partition(":") if ":" in text else text.partition("-")
     found = None
-    if kind in ("gpu", "cpu") and re.fullmatch(r"[1-9][0-9]{0,5}", rest):
+    if kind in ("gpu", "cpu") and ":" in text and re.fullmatch(r"[1-9][0-9]{0,5}", rest):
         chip = GPU if kind == "gpu" else Chip(host_memory() / GIB / int(rest))
         found = Topology(text, kind, chip, devices=int(rest))
     elif kind in TPUS and ":" in text and rest in SLICES[kind]:
