@@ -74,8 +74,8 @@ def estimate(
     A step keeps, of every token and layer from `first` on, the outputs of the matrix products (query,
     key, value, attention, output, gate, up, down) in the weights' dtype and its float32 attention
     scores; of every target the float32 logits and their gradient; and of int8 matrices, which are converted
-    one at a time, the largest. The compiler's own figure is 0.6 to
-    0.8 times that in float32 and, on a CPU, which computes bfloat16 in float32, twice that in bfloat16.
+    one at a time, the largest. The compiler's own figure is 0.6 to 0.8 times that in float32 and, on a CPU,
+    which computes bfloat16 in float32, twice that in bfloat16.
     """
     mesh = AbstractMesh((sizes["data"], sizes["model"]), ("data", "model"))
 
