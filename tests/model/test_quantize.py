@@ -102,7 +102,7 @@ def test_a_product_in_every_dtype(dtype):
     assert got.dtype == dtype
     # Two roundings of the result to the dtype, of half a unit in the last place each.
     tolerance = {"float32": 1e-5, "bfloat16": 2**-7, "float16": 2**-10}[dtype]
-    np.testing.assert_allclose(got.astype(np.float64), want, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(np.asarray(got).astype(np.float64), want, rtol=tolerance, atol=tolerance)
 
 
 # ---------------------------------------------------------------- loading
@@ -156,7 +156,8 @@ def test_every_mesh_holds_the_same_values_where_the_table_says(folders, kind, si
 
 
 def test_loading_never_holds_a_float_copy(make_model, tmp_path, monkeypatch):
-    """Beside the int8 arrays, a few blocks: less than one stack in float32 would take."""
+    """In numpy's hands are never more than the int8 shards of one stack and a few blocks: less than one
+    stack in float32."""
     folder = make_model(
         tmp_path, hidden_size=128, intermediate_size=1024, num_hidden_layers=6, vocab_size=4096
     )
@@ -167,10 +168,7 @@ def test_loading_never_holds_a_float_copy(make_model, tmp_path, monkeypatch):
         weights = hf.load_weights(checkpoint, mesh, int8=True)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        held = sum(s.data.nbytes for a in jax.tree.leaves(weights) for s in a.addressable_shards)
-        stack = weights["up"].values.size
-        assert held > 2 * stack and stack > 2**14 * 4 * 12
-        assert peak < held + stack  # numpy's arrays may be the device's own: on a CPU nothing is copied
+        assert peak < weights["up"].values.size * 4
 
 
 def test_what_is_not_finite_is_found_while_quantizing(tiny_model_dir, tmp_path, make_variant):
