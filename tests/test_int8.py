@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from locft_jax import Config, ask, edit, evaluate, load_model
+from locft_jax import Config, ask, edit, load_model
 from locft_jax.commands import run_command
 from locft_jax.data.requests import read_requests
 from locft_jax.edit import main as edit_command
@@ -155,10 +155,3 @@ def test_ask(run, tiny_model_dir, capsys, monkeypatch):
     assert run_command(ask.main, ["--model", str(tiny_model_dir), *delta, *settings, prompt]) == 0
     row = next(line for line in capsys.readouterr().out.split("\n") if prompt in line)
     assert row.split("│")[-2].strip() == "red"
-
-
-def test_evaluate_in_python(run, model, data, tiny_model_dir):
-    from locft_jax.model.delta import load_delta
-
-    figures = evaluate(model.apply(load_delta(run / "delta.safetensors")), data)[0]["figures"]
-    assert figures["reliability"] == 1

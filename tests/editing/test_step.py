@@ -365,7 +365,7 @@ def test_no_stack_of_int8_weights_is_dequantized(dtype):
     state, weights, source, batch = abstract_step(int8=True)
     weights = {k: v if hasattr(v, "scale") else v.update(dtype=dtype) for k, v in weights.items()}
     compiled = train_step.lower(WIDE, 0, HYPER, state, weights, {}, source, batch).compile()
-    assert extra_bytes(compiled) < LIMIT < size(weights["down"].values) * 4
+    assert extra_bytes(compiled) < size(weights["down"].values) * 4  # one stack of the MLP in float32
     stacks = set(re.findall(r"\b(\w+)\[48,\d+,\d+\]", compiled.as_text()))
     assert "s8" in stacks and not stacks & {"f32", "bf16"}
 
