@@ -5,8 +5,8 @@ they export, in full precision.
 
 Takes what the edit command takes; without a config and a model it is the demo. Prints how far int8 moves
 the logits of the unedited model (on the texts of the edits), every figure side by side (means over the
-seeds, which order the edits), a note where the exported models differ by more than 2 points, and one JSON
-line last.
+seeds, which order the edits, and by how much the float runs of two seeds differ: their standard deviation),
+a note where the exported models differ by more than 2 points, and one JSON line last.
 """
 
 import argparse
@@ -94,16 +94,22 @@ def main() -> None:
                 if name == "int8":
                     runs["int8 as it ran"].append(result.report["after"])
     table = {key: {name: mean(own, key) for name, own in runs.items()} for key in runs["float"][0]}
-    print(f"{'':22}{'before':>10}" + "".join(f"{name:>16}" for name in runs) + f"{'int8 - float':>16}")
+    print(
+        f"{'':22}{'before':>10}"
+        + "".join(f"{name:>16}" for name in runs)
+        + f"{'int8 - float':>16}{'seeds':>8}"
+    )
     far = []
     for key, row in table.items():
         if None in row.values():
             continue
         gap = row["int8"] - row["float"]
         far += [key] if abs(gap) > NEAR else []
+        spread = statistics.pstdev(run[key] for run in runs["float"])
         start = base["figures"].get(key)
         shown = f"{100 * start:10.1f}" if start is not None else f"{'-':>10}"
-        print(f"{key:22}{shown}" + "".join(f"{100 * v:16.1f}" for v in row.values()) + f"{100 * gap:16.1f}")
+        cells = "".join(f"{100 * v:16.1f}" for v in row.values())
+        print(f"{key:22}{shown}{cells}{100 * gap:16.1f}{100 * spread:8.1f}")
     if far:
         print(f"note: the exported models differ by more than {100 * NEAR:.0f} points in {', '.join(far)}")
     result = {"benchmark": "int8", "hardware": hardware(), "seeds": args.seeds, "logits": error,
