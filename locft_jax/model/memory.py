@@ -73,8 +73,9 @@ def estimate(
 
     A step keeps, of every token and layer from `first` on, the outputs of the matrix products (query,
     key, value, attention, output, gate, up, down) in the weights' dtype and its float32 attention
-    scores; of every target the float32 logits and their gradient. The compiler's own figure is 0.6 to
-    0.8 times that in float32 and, on a CPU, which computes bfloat16 in float32, twice that in bfloat16.
+    scores; of every target the float32 logits and their gradient; and of int8 matrices, which are converted
+    one at a time, the largest. The compiler's own figure is 0.6 to 0.8 times that in float32 and, on a CPU,
+    which computes bfloat16 in float32, twice that in bfloat16.
     """
     mesh = AbstractMesh((sizes["data"], sizes["model"]), ("data", "model"))
 
@@ -95,6 +96,7 @@ def estimate(
         token = (2 * q + 2 * kv + 2 * stream + 2 * f) * itemsize + q // spec.head_dim * step.length * 4
         used = (spec.n_layers - step.first) * math.ceil(step.tokens / sizes["data"]) * token
         used += step.targets * vocabulary * 2 * 4
+        used += max(held(row) for row in table.values()) * itemsize if int8 else 0
     return Need(weights, tuned, used)
 
 
