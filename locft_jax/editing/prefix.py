@@ -48,15 +48,17 @@ def token_source(corpus: Corpus, mesh: Mesh) -> Source:
     return Source(jax.device_put(corpus.tokens, replicated(mesh)), 0, "off")
 
 
-def choose_mode(mode: str, layer: int, size: int, device_budget: float, host_budget: float) -> str:
-    """Where `size` bytes of activations go. `auto`: the device, else the host, else a file; a site at
-    layer 0 has nothing below it. Budgets in bytes.
+def choose_mode(
+    mode: str, layer: int, size: int, device_budget: float, host_budget: float, split: int = 1
+) -> str:
+    """Where `size` bytes of activations go, of which a device would hold a `split`th. `auto`: the device,
+    else the host, else a file; a site at layer 0 has nothing below it. Budgets in bytes.
 
     Raises UserError when a mode that was asked for exceeds its budget.
     """
     if layer == 0 or mode == "off":
         return "off"
-    budgets = {"device": device_budget, "host": host_budget, "disk": float("inf")}
+    budgets = {"device": device_budget * split, "host": host_budget, "disk": float("inf")}
     if mode == "auto":
         return next(m for m, budget in budgets.items() if size <= budget)
     if size > budgets[mode]:

@@ -24,6 +24,7 @@ from locft_jax.errors import UserError
 from locft_jax.model.delta import Delta, check_delta, load_delta
 from locft_jax.model.hf import Checkpoint, Model, frozen_dtype, to_checkpoint_dtype
 from locft_jax.model.memory import as_text, check_memory, host_memory, step_of
+from locft_jax.model.sharding import width_split
 from locft_jax.model.spec import ModelSpec
 
 
@@ -90,7 +91,8 @@ def check_fit(
     int8 = config.weights == "int8"
     layer = first_layer(spec, site)
     cache = len(corpus.tokens) * spec.d_model * itemsize
-    choose_mode(config.prefix_cache, layer, cache, *memory_budgets(config.memory_budget))
+    split = width_split(mesh, spec.d_model)
+    choose_mode(config.prefix_cache, layer, cache, *memory_budgets(config.memory_budget), split)
     step = step_of(corpus, config.batch_size, config.row_length, layer)
     notes = check_memory(spec, mesh, itemsize, site, step, int8=int8)
     if "orbax" in config.export and checkpoint.nbytes() > host_memory():
@@ -122,7 +124,9 @@ def run_edit(
     layer = first_layer(model.spec, site)
     size = len(corpus.tokens) * model.spec.d_model * np.dtype(model.dtype).itemsize
     budgets = memory_budgets(config.memory_budget)
-    mode = choose_mode(config.prefix_cache, layer, size, *budgets)
+    mode = choose_mode(
+        config.prefix_cache, layer, size, *budgets, width_split(model.mesh, model.spec.d_model)
+    )
     base, originals = model.edits, model.originals(site)
     given: dict[str, Any] = {**originals, **base, **(start or {})}
     state = init_state(read_site(model.spec, model.weights, site, model.mesh, given))
@@ -174,11 +178,12 @@ def last_delta(folder: Path, checkpoint: Checkpoint, site: Sequence[str]) -> Del
 
 
 def memory_budgets(stated: float | None) -> tuple[float, float]:
-    """(device, host) bytes that caches may take: what was stated (GiB), else 80 % of what is free."""
+    """Bytes that caches may take (on each device, on the host): what was stated (GiB), else 80 % of what
+    is free."""
     if stated is not None:
         return stated * 2**30, stated * 2**30
     host = 0.8 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
-        return host, host  # the device is the host
+        return host / len(jax.local_devices()), host  # the devices are the host
     return 0.8 * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)), host

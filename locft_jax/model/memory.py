@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from locft_jax.data.tokens import Corpus
 from locft_jax.errors import UserError
-from locft_jax.model.sharding import tensor_spec
+from locft_jax.model.sharding import tensor_spec, width_split
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Row, locate_tensor, weight_table
 
@@ -92,7 +92,7 @@ def estimate(
     used = 0
     if step is not None:
         q, kv, f, vocabulary = (held(table[key].scales()) for key in ("q", "k", "gate", "embed"))
-        stream = spec.d_model // sizes["model"] if spec.d_model % sizes["model"] == 0 else spec.d_model
+        stream = spec.d_model // width_split(mesh, spec.d_model)
         token = (2 * q + 2 * kv + 2 * stream + 2 * f) * itemsize + q // spec.head_dim * step.length * 4
         used = (spec.n_layers - step.first) * math.ceil(step.tokens / sizes["data"]) * token
         used += step.targets * vocabulary * 2 * 4

@@ -98,10 +98,15 @@ def cache_sharding(mesh: Mesh, rows: int, heads: int, axis: int = 1) -> NamedSha
     return NamedSharding(mesh, _spelled(parts))
 
 
+def width_split(mesh: Mesh | AbstractMesh, d_model: int) -> int:
+    """Into how many parts the width of activations is split: the `model` axis, or 1 where it does not divide
+    it."""
+    return mesh.shape["model"] if d_model % mesh.shape["model"] == 0 else 1
+
+
 def source_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """What a step looks up in: token ids [total] lie everywhere, the width of activations [total, D] is
-    split over `model` where that divides it."""
-    split = len(shape) == 2 and mesh.shape["model"] > 1 and shape[1] % mesh.shape["model"] == 0
+    """What a step looks up in: token ids [total] lie everywhere, activations [total, D] are split."""
+    split = len(shape) == 2 and width_split(mesh, shape[1]) > 1
     return NamedSharding(mesh, P(None, "model") if split else P())
 
 

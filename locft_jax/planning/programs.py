@@ -33,6 +33,7 @@ from locft_jax.model.sharding import (
     source_sharding,
     tensor_sharding,
     weight_shardings,
+    width_split,
 )
 from locft_jax.model.weights import Weights, abstract_weights, locate_tensor
 from locft_jax.planning.case import Case
@@ -100,7 +101,8 @@ def cache_mode(case: Case, mesh: Mesh, free: float) -> str:
     budget = case.config.memory_budget
     device = 0.8 * max(0.0, free) if budget is None else budget * 2**30
     size = case.tokens * case.spec.d_model * case.dtype.itemsize
-    return choose_mode(case.config.prefix_cache, case.layer, size, device, float("inf"))
+    split = width_split(mesh, case.spec.d_model)
+    return choose_mode(case.config.prefix_cache, case.layer, size, device, float("inf"), split)
 
 
 def programs(case: Case, mesh: Mesh, memory: float) -> list[Program]:
