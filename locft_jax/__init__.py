@@ -12,9 +12,11 @@ editing/       site.py   step.py   prefix.py   pipeline.py   preserve.py
                checkpoint.py (stop and resume)
                run.py (one edit)
 evaluation/    generate.py   answers.py   metrics.py   run.py   report.py
+planning/      topology.py (machines that are not here)   case.py (which edit)   cost.py (arithmetic)
+               programs.py (the compiled ones, abstract)   fit.py (does it fit?)   report.py
 export.py      orbax, and where results may go
 api.py         load_model, edit, evaluate: the commands as functions
-edit.py  evaluate.py  delta.py  ask.py   the commands, `python -m locft_jax.NAME`
+edit.py  evaluate.py  delta.py  ask.py  plan.py   the commands, `python -m locft_jax.NAME`
 demo/          a small world of facts, its generator, and the small model that knows them
 
 A room imports only rooms above it; commands import all of them.
