@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(args.config, args.pairs)
     topology = None if args.topology == "auto" else parse_topology(args.topology, args.memory)
     case, notes = make_case(config, args.model_config)
-    if topology is None or topology.shape:
+    if topology is None or topology.compiles:
         prepare_compiler()
     for note in notes:
         say(note)

@@ -28,7 +28,15 @@ from locft_jax.planning.cost import Size, Work, forward_work, train_work
 from locft_jax.planning.fit import Outcome, Usage, compiled, meshes, smallest
 from locft_jax.planning.programs import chip_bytes, frozen, placed, programs, tuned
 from locft_jax.planning.report import verdict
-from locft_jax.planning.topology import GIB, TPUS, all_slices, larger, parse_topology
+from locft_jax.planning.topology import (
+    GIB,
+    TPUS,
+    all_slices,
+    larger,
+    parse_topology,
+    prepare_compiler,
+    tpu_devices,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGE = str(ROOT / "configs" / "qwen2.5-72b-zsre.yaml")
@@ -89,6 +97,7 @@ def test_all_slices_begin_with_the_least_memory():
     sizes = [t.count * t.memory for t in every]
     assert sizes == sorted(sizes) and (every[0].name, every[-1].kind) == ("v5e:1x1", "v5p")
     assert [t.name for t in every if t.one_host] == ["v5e-8", "v6e-8"]
+    assert {t.kind for t in every} == {"v5e", "v5p", "v6e"}  # v4: by arithmetic
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -295,6 +304,22 @@ def test_a_bare_config_json_is_enough(capsys, tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "mine.json").write_text(shape.read_text())
     assert told(capsys, own, "--topology", "gpu:1")["plan"]["fits"]
+
+
+def test_a_v4_is_planned_by_arithmetic(capsys):
+    plan = told(capsys, LARGE, "--topology", "v4:2x2x2")["plan"]
+    assert plan["programs"] == [] and plan["chips"] == 8 and plan["fits"]
+
+
+@needs_libtpu
+def test_libtpu_knows_every_slice():
+    prepare_compiler()
+    for t in [*all_slices(), *map(parse_topology, ("v5e-1", "v5e-4", "v5p-8", "v5e:2x4"))]:
+        devices = tpu_devices(t)
+        assert len(devices) == t.count, t.name
+        assert not t.one_host or len({d.process_index for d in devices}) == 1, t.name
+    with pytest.raises(UserError, match="does not know v5e:3x5"):
+        tpu_devices(dataclasses.replace(parse_topology("v5e:4x4"), shape=(3, 5)))
 
 
 @needs_libtpu

@@ -51,7 +51,7 @@ def plan(case: Case, topology: Topology, say: Say) -> Outcome:
     """The edit on this topology, with the first mesh of `meshes` that fits, else the one that comes nearest.
     A mesh that by arithmetic cannot hold weights and tuned state is compiled only if all are such."""
     ordered = meshes(case, topology)
-    if not topology.shape:
+    if not topology.compiles:
         return ordered[0]
     hopeful = [o for o in ordered if o.need.certain <= topology.memory][:3] or ordered[:1]
     best: Outcome | None = None

@@ -55,6 +55,11 @@ class Topology:
     devices: int = 0
 
     @property
+    def compiles(self) -> bool:
+        """Whether libtpu compiles for it as it is used: of a v4 chip it knows the two halves only."""
+        return bool(self.shape) and self.kind != "v4"
+
+    @property
     def count(self) -> int:
         return math.prod(self.shape) if self.shape else self.devices
 
@@ -118,14 +123,15 @@ def larger(topology: Topology) -> Iterator[Topology]:
 
 
 def all_slices() -> list[Topology]:
-    """Every TPU slice, least memory in all first, then fewest chips. A slice that one host holds is one."""
+    """Every TPU slice that can be compiled for, least memory in all first, then fewest chips; 2x4 chips as
+    one host."""
     found = [
         Topology(f"{kind}:{shape}", kind, TPUS[kind], _sizes(shape))
         for kind, shapes in SLICES.items()
         for shape in shapes
     ]
-    hosts = [parse_topology(f"{kind}-8") for kind in ("v5e", "v6e")]  # 2x4 chips on one host
-    found = [t for t in found if t.shape != (2, 4)] + hosts
+    hosts = [parse_topology(f"{kind}-8") for kind in ("v5e", "v6e")]
+    found = [t for t in found if t.compiles and t.shape != (2, 4)] + hosts
     return sorted(found, key=lambda t: (t.count * t.memory, t.count))
 
 
@@ -143,6 +149,9 @@ def prepare_compiler() -> None:
         ) from None
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # ask no metadata server which TPU this is
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing is run on a TPU: it may be in use
+    # Unset, libtpu complains at length; what a topology is does not depend on them.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     jax.config.update("jax_platforms", "cpu")
 
 
