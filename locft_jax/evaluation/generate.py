@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from locft_jax.data.tokens import Batch, few_sizes
 from locft_jax.model import decoder
-from locft_jax.model.sharding import cache_sharding, replicated
+from locft_jax.model.sharding import cache_sharding, replicated, split_heads
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights, activation_dtype
 
@@ -166,11 +166,11 @@ def decode(
 def attend(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
     """One query a row: q [R, N, H], keys [R, K, H, C], values [R, K, C, H], mask [R, C] -> [R, N * H]."""
     rows, heads, width = q.shape
-    q = q.reshape(rows, keys.shape[1], -1, width)
+    q = split_heads(q).reshape(rows, keys.shape[1], -1, width)
     scores = jnp.einsum("rkgh,rkhc->rkgc", q, keys, preferred_element_type=jnp.float32) * width**-0.5
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     out = jnp.einsum("rkgc,rkch->rkgh", jax.nn.softmax(scores).astype(values.dtype), values)
-    return out.reshape(rows, heads * width)
+    return split_heads(out.reshape(rows, heads, width)).reshape(rows, heads * width)
 
 
 @jax.jit

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from locft_jax.data.tokens import Rows, Targets
 from locft_jax.model.quantize import Quantized, product, take_rows
-from locft_jax.model.sharding import split_width, whole_width
+from locft_jax.model.sharding import for_keys, split_width, whole_width
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights, activation_dtype, split_edits
 
@@ -72,14 +72,14 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
 
 def queries(spec: ModelSpec, w: Weights, x: jax.Array, positions: jax.Array) -> jax.Array:
     """Normed x [..., D] at positions [...] -> rotated queries [..., N, H]."""
-    q = linear(x, w["q"], w.get("q_bias")).reshape(*x.shape[:-1], spec.n_heads, spec.head_dim)
+    q = linear(whole_width(x), w["q"], w.get("q_bias")).reshape(*x.shape[:-1], spec.n_heads, spec.head_dim)
     q = rms_norm(q, w["q_norm"], spec.rms_eps) if spec.qk_norm else q
     return rotate(q, positions, rope_frequencies(spec))
 
 
 def keys_values(spec: ModelSpec, w: Weights, x: jax.Array, positions: jax.Array) -> KeysValues:
     """Normed x [..., D] at positions [...] -> rotated keys and values, each [..., K, H]."""
-    shape = (*x.shape[:-1], spec.n_kv_heads, spec.head_dim)
+    shape, x = (*x.shape[:-1], spec.n_kv_heads, spec.head_dim), for_keys(x, spec.n_kv_heads)
     k = linear(x, w["k"], w.get("k_bias")).reshape(shape)
     v = linear(x, w["v"], w.get("v_bias")).reshape(shape)
     k = rms_norm(k, w["k_norm"], spec.rms_eps) if spec.qk_norm else k
@@ -110,7 +110,7 @@ def block(
     spec: ModelSpec, w: Weights, x: jax.Array, rows: Rows, window: jax.Array
 ) -> tuple[jax.Array, KeysValues]:
     """One decoder layer on packed rows: x [B, T, D] -> [B, T, D], and its keys and values."""
-    h = whole_width(rms_norm(x, w["attn_norm"], spec.rms_eps))
+    h = rms_norm(x, w["attn_norm"], spec.rms_eps)
     k, v = keys_values(spec, w, h, rows.positions)
     mask = segment_mask(rows.segments, rows.positions, rows, window)
     x = split_width(x + linear(attention(queries(spec, w, h, rows.positions), k, v, mask), w["o"]))
@@ -131,7 +131,7 @@ def last_block(
     Keys and values need every position; query, output and MLP only the targets. Queries are laid
     out by row ([B, W]) for the attention itself and are flat ([M]) for every matrix product.
     """
-    h = whole_width(rms_norm(x, w["attn_norm"], spec.rms_eps))
+    h = rms_norm(x, w["attn_norm"], spec.rms_eps)
     k, v = keys_values(spec, w, h, rows.positions)
     segments, positions = rows.segments.reshape(-1)[targets.at], rows.positions.reshape(-1)[targets.at]
     q = queries(spec, w, h.reshape(-1, spec.d_model)[targets.at], positions)[targets.of_row]

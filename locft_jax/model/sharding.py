@@ -121,6 +121,24 @@ def whole_width(x: jax.Array) -> jax.Array:
     return _constrained(x, None)
 
 
+def for_keys(x: jax.Array, heads: int) -> jax.Array:
+    """x [..., D] as the key and value matrices of so many heads want it (`tensor_spec`): whole, or split
+    where heads are too few. (Left to itself the compiler gathers the matrices, which are larger.)"""
+    few = heads % jax.typeof(x).sharding.mesh.shape.get("model", 1)
+    return split_width(x) if few else whole_width(x)
+
+
+def split_heads(x: jax.Array) -> jax.Array:
+    """x [rows, heads, H] with heads over `model` and rows over `data`, where those divide them: between
+    products with split matrices and a KV cache that may be split otherwise."""
+    mesh = jax.typeof(x).sharding.mesh
+    split = lambda name, size: name if size % mesh.shape[name] == 0 else None  # noqa: E731
+    if mesh.empty or mesh.shape["model"] == 1:
+        return x
+    spec = P(split("data", x.shape[0]), split("model", x.shape[1]), None)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
 def _constrained(x: jax.Array, part: str | None) -> jax.Array:
     mesh = jax.typeof(x).sharding.mesh  # empty on a single device
     size = mesh.shape.get("model", 1)

@@ -12,9 +12,18 @@ from locft_jax.data.tokens import corpus_from_lists, fit_shape, pack
 from locft_jax.editing.pipeline import place_batch
 from locft_jax.editing.site import read_site
 from locft_jax.editing.step import Hyper, init_state, train_step
-from locft_jax.model.sharding import make_mesh, source_sharding, tensor_sharding, tensor_spec, width_split
+from locft_jax.evaluation.generate import decode, pool_like
+from locft_jax.model.sharding import (
+    make_mesh,
+    replicated,
+    source_sharding,
+    tensor_sharding,
+    tensor_spec,
+    weight_shardings,
+    width_split,
+)
 from locft_jax.model.spec import parse_spec
-from locft_jax.model.weights import init_weights, weight_table
+from locft_jax.model.weights import abstract_weights, init_weights, weight_table
 
 LAYERS, WIDTH, LENGTH = 8, 48, 40  # sizes that no other dimension has
 SITE = "model.layers.1.mlp.down_proj.weight"
@@ -63,6 +72,15 @@ def kept(text):
     return {int(size) for size in found}
 
 
+def gathered(text):
+    """Shapes of what all-gathers give in a compiled program, without dimensions of 1."""
+    found = re.findall(r"= \(?\w+\[([\d,]*)\]\S* all-gather", text)
+    return {tuple(n for n in map(int, sizes.split(",")) if n > 1) for sizes in found if sizes}
+
+
+MATRICES = {row.shape for row in weight_table(SPEC).values() if row.matrix}
+
+
 @pytest.fixture(scope="module")
 def alone():
     """(what a step on one device keeps, its theta, its loss)."""
@@ -81,6 +99,19 @@ def test_the_same_step_and_less_of_it_on_each_device(alone, shape):
     np.testing.assert_allclose(state.theta[SITE], alone[1], rtol=1e-4, atol=1e-5)
     assert WIDTH in alone[0] and WIDTH not in kept(program.as_text())
     assert WIDTH // shape[1] in kept(program.as_text())
+    assert gathered(program.as_text()) and not gathered(program.as_text()) & MATRICES
+
+
+def test_decoding_with_fewer_heads_than_devices_gathers_no_matrix():
+    """The cache's rows are split instead: activations travel, matrices, which are larger, do not."""
+    mesh = make_mesh({"data": 1, "model": 8})
+    shaped = lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)  # noqa: E731
+    weights = jax.tree.map(shaped, abstract_weights(SPEC, jnp.float32), weight_shardings(mesh, SPEC))
+    pool = pool_like(SPEC, mesh, jnp.float32, 16, 32, 8)
+    assert pool.keys.sharding.spec == jax.P(None, "model")
+    stop, enough = shaped(np.zeros(320, bool), replicated(mesh)), shaped(np.int32(0), replicated(mesh))
+    program = decode.lower(SPEC, weights, {}, pool, stop, enough).compile()
+    assert gathered(program.as_text()) and not gathered(program.as_text()) & MATRICES
 
 
 def test_with_fewer_heads_than_devices_the_summed_dimension_is_split():
