@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,19 @@ import sys, types
 files = types.SimpleNamespace(download=lambda path: print("downloaded", path))
 sys.modules |= {"google.colab": types.SimpleNamespace(files=files)}
 offer(result.delta, "colab-delta.safetensors")
+"""
+# The first cell where locft_jax is not installed, and a pip that refuses.
+INSTALL = """
+import importlib.util, subprocess, types
+seen = []
+def run(command, **kwargs):
+    seen.append([command, Path(command[command.index("--constraint") + 1]).read_text().splitlines()])
+    return types.SimpleNamespace(returncode=1, stderr="jax is too old")
+importlib.util.find_spec, subprocess.run = lambda name: None, run
+try:
+    exec({source!r}, {{}})
+except RuntimeError as e:
+    print(json.dumps([seen, str(e)]))
 """
 FIGURES = "import json; print(json.dumps([result.report, len(result.delta.new), str(demo / 'model')]))"
 
@@ -39,6 +53,14 @@ def test_it_pins_no_jax(notebook):
     assert not re.search(r"(jax|jaxlib|libtpu|numpy)(\[\w+\])?\s*[=<>~!]=\s*\d", text)
 
 
+def test_installing_keeps_the_jax_that_is_there(executed):
+    ((command, kept),), message = json.loads(executed.more[5])
+    assert command[1:4] == ["-m", "pip", "install"] and command[-1] == ".."
+    assert f"jax=={version('jax')}" in kept and f"numpy=={version('numpy')}" in kept
+    assert all(re.fullmatch(r"(jax|libtpu|numpy)[\w.-]*==[\w.]+", line) for line in kept)
+    assert message == "pip cannot install ..:\njax is too old"
+
+
 @pytest.fixture(scope="module")
 def executed(notebook: Any, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """The text that each cell printed or displayed, in order; then that of cells which only a test has."""
@@ -49,7 +71,9 @@ def executed(notebook: Any, tmp_path_factory: pytest.TempPathFactory) -> SimpleN
     )
     given = re.sub(r'^MODEL = "".*$', 'MODEL = str(demo / "model")', real, flags=re.M)
     cold, warm = given, given.replace("EVEN_ON_CPU = False", "EVEN_ON_CPU = True")
-    longer.cells += [nbformat.v4.new_code_cell(source) for source in (FIGURES, COLAB, cold, warm, FIGURES)]
+    first = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    added = (FIGURES, COLAB, cold, warm, FIGURES, INSTALL.format(source=first))
+    longer.cells += [nbformat.v4.new_code_cell(source) for source in added]
 
     env = os.environ | {
         "XLA_FLAGS": "",

@@ -29,10 +29,13 @@ else
     show=(queued-resources describe "$TPU_NAME" '--format=value(state.state)')
     [ -z "$dry_run" ] || tpu "${show[@]}"
     state=${dry_run:+ACTIVE}
-    while [ "$state" != ACTIVE ]; do
-        case $state in FAILED | DELETING | SUSPENDING | SUSPENDED) exit 1 ;; esac
-        [ -z "$state" ] || sleep "${POLL_SECONDS:-30}"
+    until [ "$state" = ACTIVE ]; do
         state=$(tpu "${show[@]}")
         say "$TPU_NAME in the queue: $state"
+        case $state in
+        ACTIVE) ;;
+        FAILED | DELETING | SUSPENDING | SUSPENDED) exit 1 ;;
+        *) sleep "${POLL_SECONDS:-30}" ;;
+        esac
     done
 fi

@@ -322,7 +322,8 @@ def test_run_gives_the_status_of_the_worker_that_failed(machine):
     assert status == 134 and err.count("134: JAX ended it") == 4
 
 
-def test_run_that_is_interrupted_goes_on_and_can_be_followed(machine):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_run_that_is_interrupted_goes_on_and_can_be_followed(machine, number):
     machine.write("workers", "2")
     script = 'echo begun; echo x >>"$HOME/starts"; until [ -e "$HOME/go" ]; do sleep 0.05; done; exit 3'
     command = ("run", "bash", "-c", script)
@@ -331,9 +332,9 @@ def test_run_that_is_interrupted_goes_on_and_can_be_followed(machine):
     while not all((home / "starts").exists() for home in homes):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, err = process.communicate(timeout=300)  # it would wait for a gcloud that it left behind
-    assert process.returncode == 143
+    assert process.returncode == 128 + number
     assert "the command goes on there; to follow it again: JOB=j1" in err and "still exists" in err
 
     for home in homes:
