@@ -101,10 +101,10 @@ count_workers() {
 }
 
 # every_worker FOLDER COMMAND: on all workers at once, each with its FOLDER/worker-N.log; worker 0's is
-# shown too. Returns the status of the worker that failed. (gcloud's own --worker=all mixes their output
-# and wants an ssh-agent.)
+# shown too. Returns the status of the worker that failed, not of those that JAX ended for its sake (it aborts
+# them: 134, or 1 where locft_jax could say so). gcloud's own --worker=all mixes all that, and wants an ssh-agent.
 every_worker() {
-    local folder=$1 command=$2 worker code status=0 pids=()
+    local folder=$1 command=$2 worker code status='' victim='' pids=()
     run mkdir -p "$folder"
     set -m # every worker is a process group of its own, which finish() can end
     for ((worker = 0; worker < workers; worker++)); do
@@ -129,10 +129,14 @@ every_worker() {
         [ "$code" != 0 ] || continue
         say "worker $worker: status $code; the end of $folder/worker-$worker.log:"
         tail -n 5 "$folder/worker-$worker.log" | sed 's/^/    /' >&2
-        [ "$code" != 134 ] || say "    134: JAX ended it because another worker died; why is in that worker's log"
-        if [ "$status" = 0 ] || [ "$status" = 134 ]; then status=$code; fi
+        if [ "$code" = 134 ] || grep -q 'another process of this run died' "$folder/worker-$worker.log"; then
+            say "    it ended because another worker died; why is in that worker's log"
+            victim=${victim:-$code}
+        else
+            status=${status:-$code}
+        fi
     done
-    return "$status"
+    return "${status:-${victim:-0}}"
 }
 
 # guard: from here on, a script that ends without success says which paid machine is left, or deletes it
