@@ -103,7 +103,7 @@ def edit(
         asked = prepare(model, probes, capability, config.chat_template)
         # The site's own tensors as edits: the same compiled code then serves before and after.
         own = {n: take_tensor(model.spec, model.weights, n) for n in site}
-        unedited = model.with_edits({**own, **model.edits}).edits
+        unedited = model.with_edits({**own, **model.originals(site), **model.edits}).edits
         kept = checkpoints and checkpoints.kept_before()
         if kept:
             before, seconds["before"] = Answers(**kept["answers"]), kept["seconds"]
@@ -258,7 +258,7 @@ def _report(
         "tokens_per_second": sum(r.tokens for r in outcome.records) / done.seconds,
         "devices": [f"{d.platform} {d.device_kind}" for d in model.mesh.devices.flat],
         "mesh": dict(model.mesh.shape),
-        "dtype": str(model.dtype),
+        "dtype": "int8" if model.int8 else str(model.dtype),
         "prefix_cache": done.prefix_cache,
         "evaluation_differs": None,
         "seed": config.seed,

@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> None:
         check_delta(checkpoint, delta)
     ids = encode_prompts(tokenizer, prompts, config, args.max_tokens, checkpoint.spec.max_position)
     check_prompts(tokenizer, prompts, config.chat_template, vocab_size=checkpoint.spec.vocab_size)
-    check_memory(checkpoint.spec, mesh, frozen_dtype(checkpoint, config.weights).itemsize)
+    itemsize = frozen_dtype(checkpoint, config.weights).itemsize
+    check_memory(checkpoint.spec, mesh, itemsize, int8=config.weights == "int8")
 
     model = load_opened(checkpoint, tokenizer, mesh, config.weights)
     if delta:

@@ -5,6 +5,7 @@ interrupted; `--continue-from` adds new edits to those of a finished run.
 """
 
 import argparse
+import shlex
 import shutil
 import sys
 import time
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from locft_jax import api, export
 from locft_jax.commands import run_command
-from locft_jax.config import load_config
+from locft_jax.config import Config, load_config
 from locft_jax.data.capability import read_capability
 from locft_jax.data.requests import read_requests
 from locft_jax.data.streaming import extend, read_earlier, streaming_report, to_record
@@ -94,7 +95,22 @@ def main(argv: list[str] | None = None) -> None:
             if args.keep_checkpoint:
                 shutil.move(checkpoints.folder / "steps", folder / "checkpoint")
     print_report(result.report, result.predictions, console)
+    if model.int8 and config.evaluate:
+        console.print(plain(f"note: {int8_note(out, config)}"))
     console.print(plain(f"written to {out}/: " + ", ".join(sorted(p.name for p in out.iterdir()))))
+
+
+def int8_note(out: Path, config: Config) -> str:
+    """What the figures of a run with int8 frozen weights are figures of, and how to measure its result."""
+    quoted = lambda path: shlex.quote(str(path))  # noqa: E731
+    if "hf" in config.export:
+        model = quoted(out / "hf")
+    else:
+        model = f"{quoted(config.model_name_or_path)} --delta {quoted(out / 'delta.safetensors')}"
+    return (
+        "these figures are of the model with int8 weights, what was written has full precision; "
+        f"python -m locft_jax.evaluate --model {model} --data {quoted(config.data_path)} measures that"
+    )
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

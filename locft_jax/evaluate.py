@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> None:
 
     probes = make_probes(data.requests, config.eval_sample, config.seed)
     check_probes(tokenizer, checkpoint.spec, probes, capability, config.chat_template)
-    check_memory(checkpoint.spec, mesh, frozen_dtype(checkpoint, config.weights).itemsize)
+    itemsize = frozen_dtype(checkpoint, config.weights).itemsize
+    check_memory(checkpoint.spec, mesh, itemsize, int8=config.weights == "int8")
 
     model = load_opened(checkpoint, tokenizer, mesh, config.weights)
     model = model.with_edits(delta.new) if delta else model

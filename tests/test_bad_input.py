@@ -175,7 +175,7 @@ SETTINGS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"num_step": 3}, ("unknown key `num_step`", "nearest known key is `num_steps`")),
     ({"batch_size": 0}, ("`batch_size: 0` is not valid", "a whole number from 1")),
     ({"lr": "nan"}, ("`lr: nan` is not valid", "a number > 0")),
-    ({"weights": "int8"}, ("`weights: int8` is not available", "checkpoint, float32, bfloat16")),
+    ({"weights": "int4"}, ("`weights: int4` is not valid", "checkpoint, float32, bfloat16, int8")),
     ({"export": "[hf, onnx]"}, ("`export: ", "one of hf, delta, orbax")),
     ({"data_path": "missing.json"}, ("missing.json: no such file",)),
     ({"data_path": "."}, ("is a folder; name the data file in it",)),
@@ -468,15 +468,17 @@ LAYER = {"rewrite_module": "model.layers.{}"}
         (150, True, {}, "use weights=bfloat16"),
         (80, False, LAYER, "use mesh={data: 2, model: 4} and weights=bfloat16"),
         (130, True, LAYER, f"use weights=bfloat16 and rewrite_module={MODULE} in one layer"),
-        (26, False, {}, "or 16 such devices with mesh={data: 1, model: 16}"),
-        (0, False, {}, "even weights=bfloat16 and the smallest site need 0."),
+        (90, True, {}, "use weights=int8"),
+        (18, False, {}, "or 16 such devices with mesh={data: 1, model: 16}"),
+        (18, False, {"weights": "int8"}, "or 16 such devices with mesh={data: 1, model: 16}"),
+        (0, False, {}, "even weights=int8 and the smallest site need 85.38 KiB there"),
     ],
 )
 def test_memory(refused, edit_arguments, tmp_path, monkeypatch, kib, shared, changes, remedy):
     monkeypatch.setattr(memory, "device_memory", lambda mesh: Room(kib * 1024, shared))
     changes = {"rewrite_module": MODULE, **changes}
     message = refused(edit, edit_arguments(tmp_path / "out", **changes))
-    assert "memory: 0." in message and "weights, " in message and "tuned state" in message
+    assert "memory: " in message and "weights, " in message and "tuned state" in message
     assert f"but {kib:.2f} KiB are free" in message or "MiB are free" in message
     assert remedy in message, message
 

@@ -20,7 +20,7 @@ from locft_jax.errors import UserError
 from locft_jax.model import decoder
 from locft_jax.model.sharding import replicated, rows_sharding
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Edits, Weights
+from locft_jax.model.weights import Edits, Weights, activation_dtype
 
 MODES = ("device", "host", "disk", "off")
 
@@ -107,7 +107,7 @@ def cached_source(
     cache is an unnamed file in `folder`; `base`: edits that the model already carries."""
     if mode == "off":
         return token_source(corpus, mesh)
-    values = empty_values(mode, (len(corpus.tokens), spec.d_model), weights["embed"].dtype, folder)
+    values = empty_values(mode, (len(corpus.tokens), spec.d_model), activation_dtype(weights), folder)
     length, rows = even_rows(corpus, row_length, most_rows, mesh.shape["data"])
     for which in sequential_batches(corpus, rows, length):
         batch = pack(corpus, which, dataclasses.replace(fit_shape(corpus, [which], length), rows=rows))

@@ -156,7 +156,7 @@ def template_texts(requests: Sequence[EditRequest], seed: int, each: int = 4) ->
 
 
 def layer_inputs(
-    spec: ModelSpec, w: dict[str, jax.Array], x: jax.Array, rows: Any, window: jax.Array
+    spec: ModelSpec, w: Weights, x: jax.Array, rows: Any, window: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """decoder.block, and what enters its matrices: {value of INPUTS: [B, T, in]}."""
     h = decoder.rms_norm(x, w["attn_norm"], spec.rms_eps)
@@ -186,7 +186,7 @@ def _sums(
     for layer in sorted({l for l, _ in wanted}):
         x = decoder.run_layers(spec, weights, edits, x, batch.rows, at, layer) if layer > at else x
 
-        def body(w: dict[str, jax.Array], l: Any, carry: Any, layer: int = layer) -> Any:
+        def body(w: Weights, l: Any, carry: Any, layer: int = layer) -> Any:
             x, inputs = layer_inputs(spec, w, carry, batch.rows, decoder.windows(spec)[layer])
             for kind, value in inputs.items():
                 if (layer, kind) in wanted:

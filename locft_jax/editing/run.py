@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -86,11 +87,12 @@ def check_fit(
     """Warnings of memory that may not suffice. Raises UserError, before any weight is loaded, where it
     certainly does not, or as `choose_mode` does."""
     spec, itemsize = checkpoint.spec, frozen_dtype(checkpoint, config.weights).itemsize
+    int8 = config.weights == "int8"
     layer = first_layer(spec, site)
     cache = len(corpus.tokens) * spec.d_model * itemsize
     choose_mode(config.prefix_cache, layer, cache, *memory_budgets(config.memory_budget))
     step = step_of(corpus, config.batch_size, config.row_length, layer)
-    notes = check_memory(spec, mesh, itemsize, site, step)
+    notes = check_memory(spec, mesh, itemsize, site, step, int8=int8)
     if "orbax" in config.export and checkpoint.nbytes() > host_memory():
         notes.append(
             f"the orbax export gathers {as_text(checkpoint.nbytes())} in host memory, where "
@@ -121,9 +123,12 @@ def run_edit(
     size = len(corpus.tokens) * model.spec.d_model * np.dtype(model.dtype).itemsize
     budgets = memory_budgets(config.memory_budget)
     mode = choose_mode(config.prefix_cache, layer, size, *budgets)
-    base = model.edits
-    given = base if start is None else model.with_edits(start, np.float32).edits
+    base, originals = model.edits, model.originals(site)
+    given: dict[str, Any] = {**originals, **base, **(start or {})}
     state = init_state(read_site(model.spec, model.weights, site, model.mesh, given))
+    if config.norm_constraint is not None:  # a step looks at what it began from
+        base = model.with_edits(originals, np.float32).edits
+    del originals, given
     done: list[StepRecord] = []
     if checkpoints is not None:
         state, done = checkpoints.restore(state) or (state, done)

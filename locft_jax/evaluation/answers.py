@@ -31,7 +31,7 @@ from locft_jax.evaluation.generate import MOST, Pool, Reader, read_batch
 from locft_jax.model import decoder
 from locft_jax.model.sharding import replicated
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Edits, Weights
+from locft_jax.model.weights import Edits, Weights, activation_dtype
 
 ROWS = 32  # packed rows of a pass
 
@@ -183,7 +183,7 @@ def _read(reader: Reader, asked: _Questions, todo: Sequence[int], kept: ProbeCac
     fill = kept if kept is not None and kept.corpus is None else None
     if fill is not None:
         fill.corpus, fill.numbers = corpus, {key: n for n, key in enumerate(_keys(corpus))}
-        values = empty_values(fill.mode, (len(corpus.tokens), spec.d_model), reader.weights["embed"].dtype)
+        values = empty_values(fill.mode, (len(corpus.tokens), spec.d_model), activation_dtype(reader.weights))
     tokens = jax.device_put(corpus.tokens, replicated(mesh))
     pool, unread = None, len(corpus)
 

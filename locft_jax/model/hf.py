@@ -6,11 +6,13 @@ passes through torch. Saving rewrites only the files that hold edited tensors.
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -24,9 +26,10 @@ from safetensors import safe_open
 from locft_jax.errors import UserError, is_panic
 from locft_jax.files import whole_folder
 from locft_jax.model.headers import SIZES, read_header
-from locft_jax.model.sharding import make_mesh, tensor_sharding
+from locft_jax.model.quantize import Quantized, quantize_rows, row_scales
+from locft_jax.model.sharding import make_mesh, tensor_sharding, weight_shardings
 from locft_jax.model.spec import ModelSpec, eos_ids, parse_spec, read_config
-from locft_jax.model.weights import Edits, Weights, locate_tensor, weight_table
+from locft_jax.model.weights import Edits, Row, Weights, activation_dtype, locate_tensor, weight_table
 
 if TYPE_CHECKING:
     from locft_jax.model.delta import Delta
@@ -36,6 +39,7 @@ DTYPES: dict[str, Any] = {
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
 }
+BLOCK, THREADS = 2**21, 8  # elements that are quantized at once, and by how many threads at most
 # Files beside the weights that make up a model folder; a Hub download takes these and no others.
 HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt", "LICENSE*", "README.md"]
 
@@ -167,11 +171,13 @@ def _headers(folder: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def load_weights(checkpoint: Checkpoint, mesh: Mesh | None = None, dtype: Any = None) -> Weights:
+def load_weights(
+    checkpoint: Checkpoint, mesh: Mesh | None = None, dtype: Any = None, int8: bool = False
+) -> Weights:
     """Stream the checkpoint onto the mesh: {key: [L, out, in] or [out, in]}, sharded by the table.
 
     Each device's callback reads its own byte ranges; host memory beyond the arrays is one shard.
-    `dtype` None keeps the checkpoint's.
+    `dtype` None keeps the checkpoint's; with `int8` matrices are a Quantized, the rest is in `dtype`.
     """
     mesh = make_mesh() if mesh is None else mesh
     dtype = checkpoint.dtype if dtype is None else dtype
@@ -183,7 +189,7 @@ def load_weights(checkpoint: Checkpoint, mesh: Mesh | None = None, dtype: Any = 
         part = readers[checkpoint.tensors[name].file].get_slice(name)
         return part[index] if index else part[:]
 
-    def callback(row: Any, index: tuple[slice, ...]) -> np.ndarray:
+    def callback(row: Row, index: tuple[slice, ...]) -> np.ndarray:
         if not row.layers:
             return read(row.hf, index).astype(dtype, copy=False)
         names = row.names()[index[0]]
@@ -194,12 +200,52 @@ def load_weights(checkpoint: Checkpoint, mesh: Mesh | None = None, dtype: Any = 
         return out
 
     weights: Weights = {}
-    for key, row in weight_table(checkpoint.spec).items():
-        shape = (row.layers, *row.shape) if row.layers else row.shape
-        weights[key] = jax.make_array_from_callback(
-            shape, tensor_sharding(mesh, checkpoint.spec, row), functools.partial(callback, row)
-        )
+    table = weight_table(checkpoint.spec)
+    for key, place in weight_shardings(mesh, checkpoint.spec, int8).items():
+        if isinstance(place, Quantized):
+            weights[key] = _load_int8(table[key], place, read)
+        else:
+            block = functools.partial(callback, table[key])
+            weights[key] = jax.make_array_from_callback(table[key].stacked, place, block)
     return weights
+
+
+def _load_int8(row: Row, place: Quantized, read: Callable[[str, tuple[slice, ...]], np.ndarray]) -> Quantized:
+    """A row of the table, quantized while it is read: host memory beyond one int8 shard is a few
+    BLOCKs a thread.
+
+    A scale is that of the whole row of the matrix, so a device that holds a part of the columns reads all
+    of them, unless another has done so.
+    """
+    names, (height, width) = row.names(), row.shape
+    scale = np.zeros((len(names), height), np.float32)  # 0: not known yet
+    step = max(1, BLOCK // width)
+
+    def values(index: Any) -> np.ndarray:
+        rows, columns = index[-2:]
+        some = range(height)[rows]
+        layers = range(len(names))[index[0]] if row.layers else range(1)
+        out = np.empty((len(layers), len(some), len(range(width)[columns])), np.int8)
+
+        def fill(i: int, start: int) -> None:
+            own = some[start : start + step]
+            part, of_rows = slice(own.start, own.stop), scale[layers[i], own.start : own.stop]
+            if of_rows.all():
+                block = read(names[layers[i]], (part, columns))
+            else:
+                block = read(names[layers[i]], (part, slice(None)))
+                of_rows[:] = row_scales(block)
+                block = block[:, columns]
+            out[i, start : start + step] = quantize_rows(block, of_rows)
+
+        blocks = itertools.product(range(len(layers)), range(0, len(some), step))
+        with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+            list(pool.map(fill, *zip(*blocks, strict=True)))
+        return out if row.layers else out[0]
+
+    loaded = jax.make_array_from_callback(row.stacked, place.values, values)
+    known = scale if row.layers else scale[0]
+    return Quantized(loaded, jax.make_array_from_callback(known.shape, place.scale, known.__getitem__))
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> np.ndarray:
@@ -311,8 +357,18 @@ class Model:
 
     @property
     def dtype(self) -> Any:
-        """dtype of the frozen weights."""
-        return self.weights["embed"].dtype
+        """dtype of the activations, the edits, and the frozen weights unless those are int8."""
+        return activation_dtype(self.weights)
+
+    @property
+    def int8(self) -> bool:
+        """Whether the frozen matrices are int8."""
+        return isinstance(self.weights["embed"], Quantized)
+
+    def originals(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Of those tensors (HF names) that the model holds as int8, the checkpoint's own values."""
+        held = {n: self.weights[locate_tensor(self.spec, n)[0].key] for n in names if n not in self.edits}
+        return {n: read_tensor(self.checkpoint, n) for n, w in held.items() if isinstance(w, Quantized)}
 
     def with_edits(self, tensors: Mapping[str, np.ndarray | jax.Array], dtype: Any = None) -> "Model":
         """The same model with `tensors` (HF names and layout) in place of its own, in `dtype` (default:
@@ -341,7 +397,7 @@ class Model:
 
 def load_model(path_or_id: str, weights: str = "checkpoint", mesh: Mapping[str, int] | None = None) -> Model:
     """Open, check and load a model folder or Hub id. `weights`: the frozen weights' dtype
-    (`checkpoint`, `float32`, `bfloat16`); `mesh`: {data, model} sizes.
+    (`checkpoint`, `float32`, `bfloat16`, `int8`); `mesh`: {data, model} sizes.
 
     Raises UserError for anything that is wrong with the folder, before weights are read.
     """
@@ -352,15 +408,16 @@ def load_model(path_or_id: str, weights: str = "checkpoint", mesh: Mapping[str, 
 
 def load_opened(checkpoint: Checkpoint, tokenizer: Any, mesh: Mesh, weights: str = "checkpoint") -> Model:
     """The model of a checkpoint that has been opened and checked."""
-    loaded = load_weights(checkpoint, mesh, frozen_dtype(checkpoint, weights))
+    loaded = load_weights(checkpoint, mesh, frozen_dtype(checkpoint, weights), weights == "int8")
     check_finite(checkpoint, loaded)
     return Model(checkpoint, loaded, tokenizer, mesh)
 
 
 def frozen_dtype(checkpoint: Checkpoint, weights: str) -> np.dtype:
-    """numpy dtype of the frozen weights for the key `weights`."""
-    own = {"checkpoint": checkpoint.dtype, "float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
-    return np.dtype(own[weights])
+    """numpy dtype of the activations and frozen weights for the key `weights`; with `int8`, of the
+    activations and norms."""
+    given = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+    return np.dtype(given.get(weights, checkpoint.dtype))
 
 
 def check_finite(checkpoint: Checkpoint, weights: Weights) -> None:
@@ -375,7 +432,7 @@ def check_finite(checkpoint: Checkpoint, weights: Weights) -> None:
     if bad:
         lines = "\n  ".join(bad[:15]) + (f"\n  ... and {len(bad) - 15} more" if len(bad) > 15 else "")
         raise UserError(
-            f"{checkpoint.folder}: NaN or infinity (as {weights['embed'].dtype}) in these tensors; "
+            f"{checkpoint.folder}: NaN or infinity (as {activation_dtype(weights)}) in these tensors; "
             f"fetch or make the model again:\n  {lines}"
         )
 
@@ -383,5 +440,9 @@ def check_finite(checkpoint: Checkpoint, weights: Weights) -> None:
 @functools.partial(jax.jit, static_argnums=0)
 def _finite(spec: ModelSpec, weights: Weights) -> dict[str, jax.Array]:
     """Whether all elements of each tensor are finite: {key: [L] or scalar, bool}."""
-    layers = {key: row.layers for key, row in weight_table(spec).items()}
-    return {k: jnp.isfinite(a).all(axis=tuple(range(bool(layers[k]), a.ndim))) for k, a in weights.items()}
+    finite = {}
+    for key, row in weight_table(spec).items():
+        # A scale is finite when its row is.
+        a = weights[key].scale if isinstance(weights[key], Quantized) else weights[key]
+        finite[key] = jnp.isfinite(a).all(axis=tuple(range(bool(row.layers), a.ndim)))
+    return finite

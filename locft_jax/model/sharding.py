@@ -12,8 +12,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from locft_jax.errors import UserError
+from locft_jax.model.quantize import Quantized
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Row
+from locft_jax.model.weights import Row, Weights, weight_table
 
 
 def make_mesh(shape: Mapping[str, int] | None = None, devices: list[jax.Device] | None = None) -> Mesh:
@@ -60,6 +61,15 @@ def _spelled(parts: list[str | None]) -> P:
 def tensor_sharding(mesh: Mesh, spec: ModelSpec, row: Row, stacked: bool = True) -> NamedSharding:
     """`tensor_spec` on its mesh."""
     return NamedSharding(mesh, tensor_spec(mesh, spec, row, stacked))
+
+
+def weight_shardings(mesh: Mesh, spec: ModelSpec, int8: bool = False) -> Weights:
+    """Where all weights lie: the tree of `abstract_weights`, a NamedSharding for each array."""
+    place = lambda row: tensor_sharding(mesh, spec, row)  # noqa: E731
+    return {
+        key: Quantized(place(row), place(row.scales())) if int8 and row.matrix else place(row)
+        for key, row in weight_table(spec).items()
+    }
 
 
 def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
