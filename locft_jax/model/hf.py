@@ -6,11 +6,13 @@ passes through torch. Saving rewrites only the files that hold edited tensors.
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -37,7 +39,7 @@ DTYPES: dict[str, Any] = {
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
 }
-BLOCK = 2**22  # elements that are quantized at once
+BLOCK, THREADS = 2**21, 8  # elements that are quantized at once, and by how many threads at most
 # Files beside the weights that make up a model folder; a Hub download takes these and no others.
 HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt", "LICENSE*", "README.md"]
 
@@ -209,7 +211,8 @@ def load_weights(
 
 
 def _load_int8(row: Row, place: Quantized, read: Callable[[str, tuple[slice, ...]], np.ndarray]) -> Quantized:
-    """A row of the table, quantized while it is read: host memory beyond one int8 shard is a few BLOCKs.
+    """A row of the table, quantized while it is read: host memory beyond one int8 shard is a few
+    BLOCKs a thread.
 
     A scale is that of the whole row of the matrix, so a device that holds a part of the columns reads all
     of them, unless another has done so.
@@ -223,17 +226,21 @@ def _load_int8(row: Row, place: Quantized, read: Callable[[str, tuple[slice, ...
         some = range(height)[rows]
         layers = range(len(names))[index[0]] if row.layers else range(1)
         out = np.empty((len(layers), len(some), len(range(width)[columns])), np.int8)
-        for i, layer in enumerate(layers):
-            for start in range(0, len(some), step):
-                own = some[start : start + step]
-                part, of_rows = slice(own.start, own.stop), scale[layer, own.start : own.stop]
-                if of_rows.all():
-                    block = read(names[layer], (part, columns))
-                else:
-                    block = read(names[layer], (part, slice(None)))
-                    of_rows[:] = row_scales(block)
-                    block = block[:, columns]
-                out[i, start : start + step] = quantize_rows(block, of_rows)
+
+        def fill(i: int, start: int) -> None:
+            own = some[start : start + step]
+            part, of_rows = slice(own.start, own.stop), scale[layers[i], own.start : own.stop]
+            if of_rows.all():
+                block = read(names[layers[i]], (part, columns))
+            else:
+                block = read(names[layers[i]], (part, slice(None)))
+                of_rows[:] = row_scales(block)
+                block = block[:, columns]
+            out[i, start : start + step] = quantize_rows(block, of_rows)
+
+        blocks = itertools.product(range(len(layers)), range(0, len(some), step))
+        with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+            list(pool.map(fill, *zip(*blocks, strict=True)))
         return out if row.layers else out[0]
 
     loaded = jax.make_array_from_callback(row.stacked, place.values, values)

@@ -161,7 +161,7 @@ def test_loading_never_holds_a_float_copy(make_model, tmp_path, monkeypatch):
     folder = make_model(
         tmp_path, hidden_size=128, intermediate_size=1024, num_hidden_layers=6, vocab_size=4096
     )
-    monkeypatch.setattr(hf, "BLOCK", 2**14)
+    monkeypatch.setattr(hf, "BLOCK", 2**12)
     for sizes in (ONE, MESHES[1]):
         checkpoint, mesh = hf.open_checkpoint(str(folder)), mesh_of(sizes)
         tracemalloc.start()
