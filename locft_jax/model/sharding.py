@@ -132,9 +132,9 @@ def split_heads(x: jax.Array) -> jax.Array:
     """x [rows, heads, H] with heads over `model` and rows over `data`, where those divide them: between
     products with split matrices and a KV cache that may be split otherwise."""
     mesh = jax.typeof(x).sharding.mesh
-    split = lambda name, size: name if size % mesh.shape[name] == 0 else None  # noqa: E731
-    if mesh.empty or mesh.shape["model"] == 1:
+    if mesh.shape.get("model", 1) == 1:
         return x
+    split = lambda name, size: name if size % mesh.shape[name] == 0 else None  # noqa: E731
     spec = P(split("data", x.shape[0]), split("model", x.shape[1]), None)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
