@@ -11,6 +11,7 @@ editing/       site.py   step.py   prefix.py   pipeline.py   preserve.py
                checkpoint.py (stop and resume)
                run.py (one edit)
 evaluation/    generate.py   answers.py   metrics.py   run.py   report.py
+card.py        the model card of an edit
 export.py      orbax, and where results may go
 api.py         load_model, edit, evaluate: the commands as functions
 edit.py  evaluate.py  delta.py  ask.py   the commands, `python -m locft_jax.NAME`

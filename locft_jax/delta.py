@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from locft_jax import export
+from locft_jax.card import readme
 from locft_jax.commands import run_command
 from locft_jax.errors import UserError
 from locft_jax.evaluation.report import plain
@@ -48,7 +49,7 @@ def _rewrite(args: argparse.Namespace, edited: bool) -> None:
     export.check_model_out(args.out, args.overwrite, checkpoint.folder)
     check_delta(checkpoint, delta, edited=edited)
     values = delta.base if edited else delta.new
-    save_hf(checkpoint, values, args.out)
+    save_hf(checkpoint, values, args.out, readme(checkpoint.folder, delta.cards(), revert=edited))
     files = {info.file for info in checkpoint.tensors.values()}
     touched = {checkpoint.tensors[n].file for n in values}
     say(f"{args.out}/: {len(values)} tensor(s) rewritten, in {len(touched)} of {len(files)} weight file(s)")

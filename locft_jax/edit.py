@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from locft_jax import api, export
+from locft_jax.card import readme
 from locft_jax.commands import run_command
 from locft_jax.config import load_config
 from locft_jax.data.capability import read_capability
@@ -79,7 +80,8 @@ def main(argv: list[str] | None = None) -> None:
             if "delta" in config.export:
                 save_delta(result.delta, folder / "delta.safetensors")
             if "hf" in config.export:
-                save_hf(checkpoint, result.delta.new, folder / "hf")
+                files = readme(checkpoint.folder, result.delta.cards())
+                save_hf(checkpoint, result.delta.new, folder / "hf", files)
             if "orbax" in config.export:
                 export.save_orbax(checkpoint, result.delta.new, folder / "orbax")
             write_jsonl(folder / "edits.jsonl", map(to_record, data.requests))

@@ -28,13 +28,17 @@ class Delta:
 
     new: dict[str, np.ndarray]
     base: dict[str, np.ndarray]
-    # fingerprint; result (the edited model's); tensors (the layout of both); config, data hash, versions
+    # fingerprint; result (the edited model's); tensors (the layout of both); config, data, versions, cards
     metadata: dict[str, str]
 
     def layout(self) -> Layout | None:
         """Every tensor of the model it was made on; None in a delta of a version that did not say."""
         text = self.metadata.get("tensors")
         return None if text is None else {n: (dtype, tuple(shape)) for n, dtype, shape in json.loads(text)}
+
+    def cards(self) -> list[str]:
+        """The cards (card.py) of the edits in it, first edit first; none in a delta that `diff` made."""
+        return json.loads(self.metadata.get("cards", "[]"))
 
 
 def layout_of(checkpoint: Checkpoint) -> Layout:
@@ -89,6 +93,8 @@ def origin(how: str, deltas: Sequence[Delta]) -> dict[str, Any]:
         "made_by": how,
         "versions": {"locft-jax": __version__, "numpy": np.__version__},
     }
+    if cards := [card for delta in deltas for card in delta.cards()]:
+        made["cards"] = sorted(cards) if how == "merge" else cards
     if parents:
         made["parents"] = parents
     if parents and all("edits" in p for p in parents):
@@ -170,9 +176,13 @@ def _check_metadata(path: Path, delta: Delta) -> None:
             and all(type(n) is int and n >= 0 for n in row[2])
         )
 
+    def is_text(value: Any) -> bool:
+        return isinstance(value, str) and value.encode(errors="replace").decode() == value
+
     wanted = {
         "tensors": ("a list of [name, dtype, shape]", lambda v: isinstance(v, list) and all(map(is_row, v))),
         "edits": ("a whole number", lambda v: type(v) is int and v >= 0),
+        "cards": ("a list of texts", lambda v: isinstance(v, list) and all(map(is_text, v))),
         "config": ("an object", lambda v: isinstance(v, dict)),
         "versions": ("an object", lambda v: isinstance(v, dict)),
         "parents": ("a list of objects", lambda v: isinstance(v, list) and all(type(p) is dict for p in v)),

@@ -221,8 +221,14 @@ def to_checkpoint_dtype(checkpoint: Checkpoint, edits: Edits) -> dict[str, np.nd
     return {n: np.asarray(a).astype(DTYPES[checkpoint.tensors[n].dtype]) for n, a in edits.items()}
 
 
-def save_hf(checkpoint: Checkpoint, edited: Mapping[str, np.ndarray], out: Path) -> None:
-    """Write the edited model to `out`: whole or not at all, in place of what is there.
+def save_hf(
+    checkpoint: Checkpoint,
+    edited: Mapping[str, np.ndarray],
+    out: Path,
+    other: Mapping[str, bytes | None] = {},  # noqa: B006 (never written to)
+) -> None:
+    """Write the edited model to `out`: whole or not at all, in place of what is there. `other`: small files
+    that are not to be the base's: {name: bytes, or None to leave it out}.
 
     Files that hold edited tensors (given in the checkpoint's shapes and dtypes) are copied and these
     overwritten, so that every other byte stays as it is. Weight files without an edited tensor are hard
@@ -233,11 +239,14 @@ def save_hf(checkpoint: Checkpoint, edited: Mapping[str, np.ndarray], out: Path)
     rewritten = {checkpoint.tensors[name].file for name in edited}
     with whole_folder(out) as part:
         for path in sorted(checkpoint.folder.iterdir()):
-            if not path.is_file() or path.name.startswith("."):
+            if not path.is_file() or path.name.startswith(".") or path.name in other:
                 continue
             untouched = path.suffix == ".safetensors" and path.name not in rewritten
             if not (untouched and _link(path, part)):
                 shutil.copyfile(path, part / path.name)
+        for name, content in other.items():
+            if content is not None:
+                (part / name).write_bytes(content)
         for name, value in edited.items():
             info = checkpoint.tensors[name]
             if (value.shape, value.dtype) != (info.shape, DTYPES[info.dtype]):
