@@ -76,9 +76,8 @@ def check_model_out(out: Path, overwrite: bool, source: Path) -> None:
 def check_space(out: Path, checkpoint: Checkpoint, site: Sequence[str], wanted: Sequence[str]) -> None:
     """Refuse, before any work, a disk on which the results (of the kinds `wanted`) will not fit. Their
     sizes are upper bounds: orbax compresses."""
-    files = [p for p in checkpoint.folder.iterdir() if p.is_file() and not p.name.startswith(".")]
     sizes = {
-        "hf": sum(p.stat().st_size for p in files),
+        "hf": sum(checkpoint.files().values()),
         "delta": 2 * checkpoint.nbytes(site),
         "orbax": checkpoint.nbytes(),
     }

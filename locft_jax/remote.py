@@ -7,6 +7,7 @@ first and written last, and until then the file `.locft-part` says whose half-wr
 
 import atexit
 import dataclasses
+import io
 import os
 import re
 import shutil
@@ -108,16 +109,12 @@ class Remote:
             return int(self.fs.info(self.path)["size"])
 
     def read(self, begin: int = 0, end: int | None = None) -> bytes:
-        """Bytes [begin, end) of this file. Raises UserError when it is missing, OSError when it is shorter."""
+        """Bytes [begin, end) of this file. Raises UserError when it is missing, OSError when too short."""
         with failures(self.url):
             data = self.fs.cat_file(self.path, start=begin, end=end)
         if end is not None and len(data) != end - begin:
             raise OSError(f"{self.url}: {len(data)} of the {end - begin} bytes from {begin:,} on arrived")
         return data
-
-    def open(self) -> IO[bytes]:
-        with failures(self.url):
-            return self.fs.open(self.path, "rb")
 
     def write(self, pieces: bytes | Iterable[bytes]) -> None:
         """Write this file, in place of one that is there. Raises OSError."""
@@ -192,8 +189,9 @@ def open_remote(url: str) -> Remote:
 
 
 def open_file(place: str) -> IO[bytes]:
-    """A file here or at a URL, for reading. Raises OSError for the one, UserError for the other."""
-    return open_remote(place).open() if is_url(place) else open(place, "rb")
+    """A file here, or one at a URL, which is read at once. Raises OSError for the one, UserError for the
+    other."""
+    return io.BytesIO(open_remote(place).read()) if is_url(place) else open(place, "rb")
 
 
 def fetch(folder: Remote, names: Iterable[str], maximum: int = SMALL) -> Path:
@@ -241,8 +239,11 @@ def in_parallel(call: Callable[[Any], Any], items: Iterable[Any], threads: int =
 
 
 def check_prefix(store: Remote, overwrite: bool, resume: bool = False, proof: str = "report.json") -> None:
-    """Refuse, before any work, a prefix that holds something, or that cannot be written: a file is, and is
-    removed again. `overwrite` and `resume` allow one that holds results (the file `proof`) or half of them."""
+    """Refuse, before any work, a prefix that holds something or cannot be written (an empty file is, and is
+    removed again). `overwrite` and `resume` allow one that holds results (the file `proof`) or half of them.
+    """
+    if "/" not in store.url.partition("://")[2]:
+        raise UserError(f"--out: {store} is a whole bucket; name a prefix in it, such as {store}/runs/mine")
     names = set(store.all_names())
     if names and not (overwrite or resume):
         half = "the half-written results of an interrupted run" if PART in names else "files"
