@@ -2,10 +2,12 @@
 
 config.py      what a run is
 files.py       files and folders that appear whole or not at all
+remote.py      files and folders at a URL (gs://...)
 data/          requests.py (any file -> EditRequest)   streaming.py (edits that arrive over time)
                tokens.py (texts -> packed batches)
 model/         spec.py   weights.py (the weight table)   decoder.py   sharding.py   memory.py (does it fit?)
-               headers.py (what is wrong with a file)   hf.py (load, save)
+               headers.py (what is wrong with a file)   reading.py (parts of tensors)
+               hf.py (load, save)
                delta.py (edited tensors, new and old)   combine.py (merge, compose, measure deltas)
 editing/       site.py   step.py   prefix.py   pipeline.py   preserve.py
                checkpoint.py (stop and resume)

@@ -108,6 +108,12 @@ class Remote:
         with failures(self.url):
             return int(self.fs.info(self.path)["size"])
 
+    def exists(self) -> bool:
+        """Whether this file is there. Raises UserError where nobody may know."""
+        with failures(self.url):
+            self.fs.invalidate_cache()
+            return self.fs.exists(self.path)
+
     def read(self, begin: int = 0, end: int | None = None) -> bytes:
         """Bytes [begin, end) of this file. Raises UserError when it is missing, OSError when too short."""
         with failures(self.url):
@@ -194,6 +200,11 @@ def open_file(place: str) -> IO[bytes]:
     return io.BytesIO(open_remote(place).read()) if is_url(place) else open(place, "rb")
 
 
+def size_of(place: str | Path) -> int:
+    """Bytes of a file here or at a URL."""
+    return open_remote(str(place)).size() if is_url(place) else Path(place).stat().st_size
+
+
 def fetch(folder: Remote, names: Iterable[str], maximum: int = SMALL) -> Path:
     """Copies of these files of a folder, in a temporary folder that goes when the process ends."""
     local = Path(tempfile.mkdtemp(prefix="locft-jax-"))
@@ -259,24 +270,31 @@ def check_prefix(store: Remote, overwrite: bool, resume: bool = False, proof: st
 
 
 @contextmanager
-def whole_prefix(store: Remote, part: Path, proof: str = "report.json") -> Iterator[Path]:
-    """The local folder `part` to fill, which is uploaded to `store` when the block ends well, in place of
-    what is there, `proof` last; what the block writes to `store` itself stays. On any error nothing is left
-    at `store`, which a rename would have kept: an object store has none."""
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+def prefix(store: Remote, proof: str = "report.json") -> Iterator[None]:
+    """Around what writes to `store`, in place of what is there, and `proof` last. On any error nothing is
+    left there: what was there before is gone too, for an object store has no renaming."""
     try:
         (store / PART).write(b"")
         (store / proof).remove()
-        old = set(store.all_names()) - {PART}
-        in_parallel(lambda name: (store / name).remove(), old)
-        yield part
-        files = sorted(str(p.relative_to(part)) for p in part.rglob("*") if p.is_file())
-        in_parallel(lambda name: (store / name).upload(part / name), [n for n in files if n != proof])
-        (store / proof).upload(part / proof)
+        in_parallel(lambda name: (store / name).remove(), set(store.all_names()) - {PART})
+        yield
         (store / PART).remove()
     except BaseException:
         store.remove()
         raise
+
+
+@contextmanager
+def whole_prefix(store: Remote, part: Path, proof: str = "report.json") -> Iterator[Path]:
+    """A local folder (`part`) to fill, which is uploaded to `store` when the block ends well; the block may
+    also write there itself. As `prefix`."""
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        with prefix(store, proof):
+            yield part
+            files = {str(p.relative_to(part)) for p in part.rglob("*") if p.is_file()}
+            in_parallel(lambda name: (store / name).upload(part / name), sorted(files - {proof}))
+            (store / proof).upload(part / proof)
     finally:
         shutil.rmtree(part, ignore_errors=True)

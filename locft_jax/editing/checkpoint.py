@@ -36,7 +36,7 @@ from locft_jax.files import write_whole_json
 from locft_jax.model.delta import Delta, fingerprint
 from locft_jax.model.hf import Checkpoint, read_part, read_tensor
 from locft_jax.progress import say
-from locft_jax.remote import in_parallel
+from locft_jax.remote import Remote, in_parallel
 from locft_jax.versions import versions
 
 # Keys that change nothing in a run's result: what they were may differ when a run goes on.
@@ -229,14 +229,17 @@ def describe_run(
     }
 
 
-def finished(out: Path, run: Mapping[str, Any]) -> bool:
-    """Whether `out` holds this run's results and nothing to go on from. Raises UserError where the
-    results are those of another run."""
-    report = _read(out / "report.json")
+def finished(out: Path, run: Mapping[str, Any], store: Remote | None = None) -> bool:
+    """Whether `out`, or `store`, holds this run's results and nothing to go on from. Raises UserError where
+    the results are those of another run."""
+    if store and (store / "report.json").exists():
+        report = json.loads((store / "report.json").read())
+    else:
+        report = _read(out / "report.json")
     if not isinstance(report, dict) or saved_something(out / "checkpoint"):
         return False
     found = {**report.get("config", {}), "data_sha256": report.get("data_sha256")}
-    _check_same({k: v for k, v in found.items() if k in run and k != "mesh"}, run, out)
+    _check_same({k: v for k, v in found.items() if k in run and k != "mesh"}, run, store or out)
     return True
 
 
@@ -260,7 +263,7 @@ def open_run(out: Path, every: str, run: Mapping[str, Any], resume: bool) -> Che
     return Checkpoints(folder, every, run)
 
 
-def _check_same(found: Mapping[str, Any], run: Mapping[str, Any], where: Path) -> None:
+def _check_same(found: Mapping[str, Any], run: Mapping[str, Any], where: Path | Remote) -> None:
     run = json.loads(json.dumps(run))
     differ = [
         f"{key}: {json.dumps(value)[:80]} there, {json.dumps(run.get(key))[:80]} here"

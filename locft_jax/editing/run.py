@@ -155,10 +155,10 @@ def run_edit(
     return Edited(tensors, outcome, parameters(outcome.state.theta), mode, corpus.boundary_merges, seconds)
 
 
-def last_delta(folder: Path, checkpoint: Checkpoint, site: Sequence[str]) -> Delta:
+def last_delta(folder: str | Path, checkpoint: Checkpoint, site: Sequence[str]) -> Delta:
     """The delta of an earlier run, to begin with. Raises UserError unless it was made on this model and
     tunes this site."""
-    delta = load_delta(folder / "delta.safetensors")
+    delta = load_delta(f"{folder}/delta.safetensors")
     check_delta(checkpoint, delta)
     if set(delta.new) != set(site):
         raise UserError(

@@ -14,6 +14,7 @@ from locft_jax import __version__
 from locft_jax.errors import UserError
 from locft_jax.model.headers import explain
 from locft_jax.model.hf import DTYPES, Checkpoint, read_raw, read_tensor
+from locft_jax.remote import local_copy
 
 BASE = "base::"
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
@@ -108,10 +109,10 @@ def diff_delta(base: Checkpoint, edited: Checkpoint) -> Delta:
     Raises UserError unless both have the same names, shapes and dtypes, and some tensor differs.
     """
     wrong = differences(layout_of(edited), layout_of(base))
-    refuse(f"diff: the tensors of {edited.folder} are not those of {base.folder}", wrong)
+    refuse(f"diff: the tensors of {edited.place} are not those of {base.place}", wrong)
     names = [n for n in sorted(base.tensors) if read_raw(base, n) != read_raw(edited, n)]
     if not names:
-        raise UserError(f"diff: every tensor of {edited.folder} has the bytes of {base.folder}'s: no delta")
+        raise UserError(f"diff: every tensor of {edited.place} has the bytes of {base.place}'s: no delta")
     wrong = [f"{n} has dtype {base.tensors[n].dtype}" for n in names if base.tensors[n].dtype not in DTYPES]
     refuse(f"diff: tensors that differ have dtypes other than {', '.join(DTYPES)}", wrong)
     return make_delta(base, {n: read_tensor(edited, n) for n in names}, origin("diff", []))
@@ -141,9 +142,14 @@ def save_delta(delta: Delta, path: Path) -> None:
             f.write(np.ascontiguousarray(tensors[name]).tobytes())
 
 
-def load_delta(path: Path) -> Delta:
-    """Read a delta. Raises UserError for a file that is missing, corrupt or no delta: its tensors come in
-    pairs, its metadata can be read, and the fingerprints are those of the tensors in it."""
+def load_delta(place: str | Path) -> Delta:
+    """Read a delta, here or at a URL. Raises UserError for a file that is missing, corrupt or no delta: its
+    tensors come in pairs, its metadata can be read, and the fingerprints are those of the tensors in it."""
+    with local_copy(place) as path:
+        return _load_delta(path)
+
+
+def _load_delta(path: Path) -> Delta:
     try:
         with safe_open(path, "np") as f:
             names = list(f.keys())
@@ -228,7 +234,7 @@ def check_delta(checkpoint: Checkpoint, delta: Delta, *, edited: bool = False) -
             wrong.append(f"{name} {known if own == other[name].tobytes() else 'has other values'}")
     if not wrong and fingerprint(checkpoint, delta.base) != delta.metadata["fingerprint"]:
         wrong = ["the fingerprints differ, so some tensor that it does not edit has another shape or dtype"]
-    place = checkpoint.folder
+    place = checkpoint.place
     refuse(
         f"delta: {place} is not the model that this delta makes"
         if edited
