@@ -23,7 +23,6 @@ from locft_jax.data.requests import read_requests
 from locft_jax.delta import main as delta
 from locft_jax.edit import main as edit
 from locft_jax.editing.checkpoint import base_digest
-from locft_jax.errors import UserError
 from locft_jax.evaluate import main as evaluate
 from locft_jax.model import hf, reading
 from locft_jax.model.delta import load_delta

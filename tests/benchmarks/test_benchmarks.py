@@ -95,3 +95,12 @@ def test_preserve():
     for row in result["rows"]:
         assert row["mean"].keys() == row["spread"].keys()
         assert row["runs"][0]["seconds"] > 0 and 0 <= row["mean"]["lost"] <= 1
+
+
+def test_loading():
+    result = script("loading.py")
+    assert result["benchmark"] == "loading" and 5e5 < result["weights"] < 2e6
+    assert [row["cache"] for row in result["rows"]] == ["cold", "warm"]
+    for row in result["rows"]:
+        assert row["ratio"] == pytest.approx(row["load_seconds"] / row["read_seconds"])
+        assert 0 < row["beyond_weights_gib"] < 2  # a process that has imported jax, and little else
