@@ -3,7 +3,8 @@
 A made-up checkpoint in bfloat16 (Llama shape, random bytes, files of about 1 GB with an index) is read and
 loaded in fresh processes in turn. Reading goes into fresh memory, in one thread. Cold: the files are dropped
 from the page cache before (posix_fadvise, which a file system may ignore: the seconds tell). The best of
-`--repeats` counts. Targets: peak memory less the weights <= 1 GiB; <= 1.5 times the reading cold, <= 2.5 warm.
+`--repeats` counts. Targets: peak memory less the weights <= 1 GiB; <= 1.5 times the reading cold, <= 2.5
+warm.
 """
 
 import argparse
