@@ -312,19 +312,12 @@ def test_without_permission(refused, edit_arguments, bucket, sharded, monkeypatc
         m.setattr(fs, "pipe_file", denied)
         said = refused(edit, *edit_arguments(f"{bucket}/x/out"))
         assert f"{bucket}/x/out: cannot be written (403: the account" in said
-    for call, key in (
-        ("ls", "model_name_or_path"),
-        ("cat_file", "model_name_or_path"),
-        ("cat_file", "data_path"),
-    ):
+    elsewhere = {"model_name_or_path": f"{bucket}/model", "data_path": f"{bucket}/edits.json"}
+    failing = [("ls", "model_name_or_path"), ("cat_file", "model_name_or_path"), ("cat_file", "data_path")]
+    for call, key in failing:
         with monkeypatch.context() as m:
             m.setattr(fs, call, denied)
-            said = refused(
-                edit,
-                *edit_arguments("out", **{key: f"{bucket}/model"}, **QUICK)
-                if key == "model_name_or_path"
-                else edit_arguments("out", data_path=f"{bucket}/e.json"),
-            )
+            said = refused(edit, *edit_arguments("out", **{key: elsewhere[key]}))
             assert "cannot be read (403: the account" in said
 
 
