@@ -249,7 +249,8 @@ def test_a_prefix_is_whole_or_refused(bucket, run_there, tmp_path, monkeypatch, 
     assert "half-written results" in capsys.readouterr().err
     command(edit, *run_there, "--overwrite")
     again = contents(store.url)
-    assert again.keys() == done.keys() and again["delta.safetensors"] == done["delta.safetensors"]
+    plain = lambda names: {n for n in names if not n.startswith("orbax/")}  # noqa: E731 (has random names)
+    assert plain(again) == plain(done) and again["delta.safetensors"] == done["delta.safetensors"]
 
 
 # ---------------------------------------------------------------- wrong URLs
@@ -293,7 +294,6 @@ def test_a_url_that_leads_nowhere(refused, edit_arguments, bucket, tmp_path, key
 
 def test_without_gcsfs_the_extra_is_named(refused, edit_arguments, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    monkeypatch.setattr("fsspec.registry._registry", {})
     for arguments in (
         edit_arguments("gs://bucket/out"),
         edit_arguments("out", data_path="gs://b/edits.json"),
