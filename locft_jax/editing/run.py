@@ -22,7 +22,7 @@ from locft_jax.editing.step import Hyper, init_state
 from locft_jax.errors import UserError
 from locft_jax.model.delta import Delta, check_delta, load_delta
 from locft_jax.model.hf import Checkpoint, Model, frozen_dtype, to_checkpoint_dtype
-from locft_jax.model.memory import as_text, check_memory, host_memory, step_of
+from locft_jax.model.memory import check_memory, step_of
 from locft_jax.model.spec import ModelSpec
 
 
@@ -90,13 +90,7 @@ def check_fit(
     cache = len(corpus.tokens) * spec.d_model * itemsize
     choose_mode(config.prefix_cache, layer, cache, *memory_budgets(config.memory_budget))
     step = step_of(corpus, config.batch_size, config.row_length, layer)
-    notes = check_memory(spec, mesh, itemsize, site, step)
-    if "orbax" in config.export and checkpoint.nbytes() > host_memory():
-        notes.append(
-            f"the orbax export gathers {as_text(checkpoint.nbytes())} in host memory, where "
-            f"{as_text(host_memory())} are free; export=[hf, delta] needs less"
-        )
-    return notes
+    return check_memory(spec, mesh, itemsize, site, step)
 
 
 def run_edit(
