@@ -10,7 +10,6 @@ warm.
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -109,7 +108,8 @@ def load(folder: Path) -> float:
 
 def child(what: str, folder: Path) -> None:
     seconds = {"read": read, "load": load}[what](folder)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
     print(json.dumps({"seconds": seconds, "peak": peak}))
 
 

@@ -4,7 +4,6 @@ place and the remedy, nothing written, no weight read. And what is counted inste
 import gzip
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -46,15 +46,15 @@ def test_every_part_of_every_tensor(stored, monkeypatch, block, wanted):
     assert set(header) == set(tensors)
     cuts = [slice(None), slice(0, 3), slice(2, 4), slice(3, 3), slice(1, None)]
     for name, value in tensors.items():
-        for i, cut in enumerate(cuts):
-            index = tuple(cuts[(i + d) % len(cuts)] for d in range(value.ndim)) or ()
-            for at in {index, (cut, *index[1:]) if index else ()}:
-                expected = value[at].astype(wanted or value.dtype)
-                out = reading.empty(expected.shape, expected.dtype)
-                assert out.ctypes.data % reading.ALIGNMENT == 0
-                for job in reversed(list(reading.jobs(path.parent, header[name], at, out))):  # in any order
-                    job()
-                assert out.tobytes() == expected.tobytes(), (name, at)
+        mixed = [tuple(cuts[(i + d) % len(cuts)] for d in range(value.ndim)) for i in range(len(cuts))]
+        rows = [(cut, *[slice(None)] * (value.ndim - 1))[: value.ndim] for cut in cuts]
+        for at in mixed + rows:
+            expected = value[at].astype(wanted or value.dtype)
+            out = reading.empty(expected.shape, expected.dtype)
+            assert not out.size or out.ctypes.data % reading.ALIGNMENT == 0
+            for job in reversed(list(reading.jobs(path.parent, header[name], at, out))):  # in any order
+                job()
+            assert out.tobytes() == expected.tobytes(), (name, at)
 
 
 def test_a_file_that_shrinks_meanwhile_is_an_error(stored, tmp_path):
@@ -81,14 +81,18 @@ def test_a_cpu_device_takes_the_weights_as_they_were_read(tiny_model_dir, monkey
 
 
 MEASURE = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
 import jax
 from locft_jax.export import save_orbax
 from locft_jax.model.hf import load_opened, open_checkpoint
 from locft_jax.model.sharding import make_mesh
 
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def peak():  # of this process: getrusage's is also that of the one that started it
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
 folder = Path(sys.argv[1])
 mesh = make_mesh({"data": 1, "model": 1})
 checkpoint = open_checkpoint(str(folder))
@@ -118,5 +122,5 @@ def test_host_memory_holds_the_weights_and_little_else(tmp_path):
     got = json.loads(done.stdout.splitlines()[-1])
     assert got["weights"] == size > 550_000_000
     print(got)
-    assert got["orbax"] < 300e6  # orbax itself, and a few tensors of 8 MB
-    assert got["load"] - size < 300e6  # the same, and the program that looks for NaN
+    assert got["orbax"] < 200e6  # orbax itself, and a few tensors of 8 MB
+    assert got["load"] - size < 200e6  # the same, and the program that looks for NaN
