@@ -117,7 +117,8 @@ class Remote:
     def read(self, begin: int = 0, end: int | None = None) -> bytes:
         """Bytes [begin, end) of this file. Raises UserError when it is missing, OSError when too short."""
         with failures(self.url):
-            data = self.fs.cat_file(self.path, start=begin, end=end)
+            whole = (begin, end) == (0, None)  # of an empty file no range is right
+            data = self.fs.cat_file(self.path, **({} if whole else {"start": begin, "end": end}))
         if end is not None and len(data) != end - begin:
             raise OSError(f"{self.url}: {len(data)} of the {end - begin} bytes from {begin:,} on arrived")
         return data

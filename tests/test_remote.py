@@ -2,6 +2,7 @@
 wrong. fsspec's memory and local file systems stand for an object store."""
 
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,9 @@ from locft_jax.model import hf, reading
 from locft_jax.model.delta import load_delta
 from locft_jax.model.sharding import make_mesh
 from locft_jax.remote import PART, open_remote
+
+sys.path.append(str(Path(__file__).parent))
+import gcs  # noqa: E402
 
 QUICK = {"evaluate": "false", "num_steps": 2}
 INDEX = "model.safetensors.index.json"
@@ -251,6 +255,41 @@ def test_a_prefix_is_whole_or_refused(bucket, run_there, tmp_path, monkeypatch, 
     again = contents(store.url)
     plain = lambda names: {n for n in names if not n.startswith("orbax/")}  # noqa: E731 (has random names)
     assert plain(again) == plain(done) and again["delta.safetensors"] == done["delta.safetensors"]
+
+
+def test_a_run_at_gs_urls(sharded, edits_file, edit_arguments, tmp_path, monkeypatch, capsys):
+    """gcsfs itself, against a store that speaks its protocol."""
+    pytest.importorskip("gcsfs", reason="gcsfs is not installed (the extra gcs)")
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it misses credentials
+    place, store = gcs.serve("bucket")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", place)
+    monkeypatch.chdir(tmp_path)
+    url = put(sharded, "gs://bucket/models/model")
+    open_remote("gs://bucket/edits.json").upload(edits_file)
+    objects, store.asked[:] = store.objects["bucket"], []
+    quick = {**QUICK, "export": "[hf, delta]", "capability_data": "[]"}
+    there = {"model_name_or_path": url, "data_path": "gs://bucket/edits.json"}
+    command(edit, *edit_arguments("gs://bucket/runs/it", **quick, **there))
+    moved = {path.rpartition("%2F")[2] for _, path in store.asked if "rewriteTo" in path}
+    checkpoint = hf.open_checkpoint(str(sharded))
+    edited = {checkpoint.tensors[f"model.layers.2.mlp.{n}_proj.weight"].file for n in ("gate", "up", "down")}
+    assert moved == {p.name for p in sharded.iterdir()} - edited - {"README.md"}  # inside the store
+    assert edited and not any((tmp_path / "runs").iterdir())
+    command(edit, *edit_arguments(tmp_path / "here", **quick, model_name_or_path=sharded))
+    here = {f"runs/it/hf/{name}": content for name, content in contents(tmp_path / "here" / "hf").items()}
+    assert {n: c for n, c in objects.items() if n.startswith("runs/it/hf/")} == here
+    command(edit, *edit_arguments("gs://bucket/runs/it", **quick, **there), "--overwrite")
+    assert {n.removeprefix("runs/it/") for n in objects if n.startswith("runs/it/") and "/hf/" not in n} == {
+        n for n in contents(tmp_path / "here") if not n.startswith("hf/")
+    }
+    objects["empty.jsonl"] = b""
+    assert open_remote("gs://bucket/empty.jsonl").read() == b""
+    capsys.readouterr()
+    for bucket, said in (("gone", "gs://gone/x: not there; check the bucket"), ("denied", "permissions")):
+        command(edit, *edit_arguments(f"gs://{bucket}/x", **quick), status=2)
+        assert said in capsys.readouterr().err
+        command(edit, *edit_arguments("out", **{**quick, "model_name_or_path": f"gs://{bucket}/x"}), status=2)
+        assert f"gs://{bucket}/x" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- wrong URLs
