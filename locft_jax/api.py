@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from locft_jax.card import make_card, model_name
 from locft_jax.config import Config, config_to_dict
 from locft_jax.data.capability import CapabilityItem
 from locft_jax.data.requests import EditData, EditRequest, requests_from_records
@@ -150,6 +151,8 @@ def edit(
             **({"preserve": told(config)} if told(config) else {}),
         },
     )
+    card = make_card(model_name(model.checkpoint, config.model_name_or_path), report, delta)
+    delta = dataclasses.replace(delta, metadata={**delta.metadata, "cards": json.dumps([card])})
     report |= {
         "batches": _batches(data, asked, after),
         "fingerprint": delta.metadata["fingerprint"],

@@ -23,7 +23,7 @@ from locft_jax.editing.step import Hyper, init_state
 from locft_jax.errors import UserError
 from locft_jax.model.delta import Delta, check_delta, load_delta
 from locft_jax.model.hf import Checkpoint, Model, frozen_dtype, to_checkpoint_dtype
-from locft_jax.model.memory import as_text, check_memory, host_memory, step_of
+from locft_jax.model.memory import check_memory, step_of
 from locft_jax.model.sharding import width_split
 from locft_jax.model.spec import ModelSpec
 
@@ -94,13 +94,7 @@ def check_fit(
     split = width_split(mesh, spec.d_model)
     choose_mode(config.prefix_cache, layer, cache, *memory_budgets(config.memory_budget), split)
     step = step_of(corpus, config.batch_size, config.row_length, layer)
-    notes = check_memory(spec, mesh, itemsize, site, step, int8=int8)
-    if "orbax" in config.export and checkpoint.nbytes() > host_memory():
-        notes.append(
-            f"the orbax export gathers {as_text(checkpoint.nbytes())} in host memory, where "
-            f"{as_text(host_memory())} are free; export=[hf, delta] needs less"
-        )
-    return notes
+    return check_memory(spec, mesh, itemsize, site, step, int8=int8)
 
 
 def run_edit(
@@ -164,10 +158,10 @@ def run_edit(
     return Edited(tensors, outcome, parameters(outcome.state.theta), mode, corpus.boundary_merges, seconds)
 
 
-def last_delta(folder: Path, checkpoint: Checkpoint, site: Sequence[str]) -> Delta:
+def last_delta(folder: str | Path, checkpoint: Checkpoint, site: Sequence[str]) -> Delta:
     """The delta of an earlier run, to begin with. Raises UserError unless it was made on this model and
     tunes this site."""
-    delta = load_delta(folder / "delta.safetensors")
+    delta = load_delta(f"{folder}/delta.safetensors")
     check_delta(checkpoint, delta)
     if set(delta.new) != set(site):
         raise UserError(

@@ -111,3 +111,12 @@ def test_int8():
     for key, row in result["mean"].items():
         far = row["float"] is not None and abs(row["int8"] - row["float"]) > 0.02
         assert far == (key in result["far"]), key
+
+
+def test_loading():
+    result = script("loading.py")
+    assert result["benchmark"] == "loading" and 5e5 < result["weights"] < 2e6
+    assert [row["cache"] for row in result["rows"]] == ["cold", "warm"]
+    for row in result["rows"]:
+        assert row["ratio"] == pytest.approx(row["load_seconds"] / row["read_seconds"])
+        assert 0 < row["beyond_weights_gib"] < 2  # a process that has imported jax, and little else
