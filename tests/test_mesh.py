@@ -23,7 +23,8 @@ ODD = {
     "num_key_value_heads": 2,
 }
 # Which tensors each mesh can split, data x model.
-SPLIT = {(1, 8): {"q", "o"}, (2, 4): {"q", "o", "gate", "up", "down"}, (8, 1): set()}
+ATTENTION = {"q", "k", "v", "o"}
+SPLIT = {(1, 8): ATTENTION, (2, 4): {*ATTENTION, "gate", "up", "down"}, (8, 1): set()}
 SETTINGS = {"layer": 1, "rewrite_module": "model.layers.{}", "lr": 1e-2, "batch_size": 5, "num_steps": 4}
 
 

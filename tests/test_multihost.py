@@ -66,15 +66,16 @@ if stop_at:
 
 make, load = jax.make_array_from_callback, hf.load_weights
 
-def load_weights(*arguments):
+def load_weights(*arguments, **more):
     sizes = []
     def counted(shape, sharding, callback):
         def own(index):
-            sizes.append(callback(index).nbytes)
-            return callback(index)
+            part = callback(index)
+            sizes.append(part.nbytes)
+            return part
         return make(shape, sharding, own)
     jax.make_array_from_callback = counted
-    weights = load(*arguments)
+    weights = load(*arguments, **more)
     jax.make_array_from_callback = make
     with open(f"loaded-{jax.process_index()}", "a") as f:
         print(sum(sizes), file=f)
@@ -205,7 +206,7 @@ def pair(edit_arguments, folder, tiny_model_dir, edits_file):
         edits = [edit_arguments(out / axis, **RUNS[axis], mesh=MESHES[axis]) for axis in MESHES]
         delta = str(folder / "process-0" / "data" / "delta.safetensors")
         measure = ["--model", str(tiny_model_dir), "--delta", delta, "--data", str(edits_file)]
-        measure += ["--out", str(out) + ".json", "--set", f"mesh={MESHES['model']}"]
+        measure += ["--out", str(out) + ".json", "--set", "weights=int8", f"mesh={MESHES['model']}"]
         jobs.append([["edit", arguments] for arguments in edits] + [["evaluate", measure]])
     run = Pair(folder, jobs)
     assert run.wait() == [0, 0], [run.said(i) for i in range(2)]
@@ -243,11 +244,11 @@ def test_the_first_process_alone_writes_and_prints(pair, folder):
     assert not ours, ours
 
 
-def test_an_evaluation_in_two_processes(pair, folder, tiny_model_dir, edits_file):
+def test_an_evaluation_in_int8_in_two_processes(pair, folder, tiny_model_dir, edits_file):
     one = folder / "one.json"
     delta = folder / "process-0" / "data" / "delta.safetensors"
     arguments = ["--model", tiny_model_dir, "--delta", delta, "--data", edits_file, "--out", one]
-    arguments += ["--set", "mesh={data: 1, model: 1}", "--overwrite"]
+    arguments += ["--set", "weights=int8", "mesh={data: 1, model: 1}"]
     assert run_command(evaluate, [str(a) for a in arguments]) == 0
     expected, found = (json.loads(p.read_text()) for p in (one, folder / "process-0.json"))
     assert [found[k] for k in ("figures", "predictions")] == [expected[k] for k in ("figures", "predictions")]
@@ -256,7 +257,9 @@ def test_an_evaluation_in_two_processes(pair, folder, tiny_model_dir, edits_file
 def test_each_process_loads_what_its_own_devices_hold(pair, folder, tiny_model_dir):
     spec = parse_spec(json.loads((tiny_model_dir / "config.json").read_text()))
     sizes = {k: 4 * math.prod(row.shape) * max(1, row.layers) for k, row in weight_table(spec).items()}
-    halves = sum(sizes[k] for k in ("embed", "head", "gate", "up", "down"))  # split 8 ways, 4 of them here
+    halves = sum(
+        sizes[k] for k in ("embed", "head", "k", "v", "gate", "up", "down")
+    )  # split 8 ways, 4 of them here
     for i in range(2):
         _, model, _ = map(int, (folder / f"loaded-{i}").read_text().split())
         assert model == halves // 2 + sum(sizes.values()) - halves

@@ -18,9 +18,9 @@ from jax.sharding import Mesh
 from locft_jax.data.tokens import Batch, Corpus, Rows, even_rows, fit_shape, pack, sequential_batches
 from locft_jax.errors import UserError
 from locft_jax.model import decoder
-from locft_jax.model.sharding import fetch, place, replicated, rows_sharding
+from locft_jax.model.sharding import fetch, place, replicated, rows_sharding, source_sharding
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Edits, Weights
+from locft_jax.model.weights import Edits, Weights, activation_dtype
 
 MODES = ("device", "host", "disk", "off")
 
@@ -48,15 +48,17 @@ def token_source(corpus: Corpus, mesh: Mesh) -> Source:
     return Source(place(corpus.tokens, replicated(mesh)), 0, "off")
 
 
-def choose_mode(mode: str, layer: int, size: int, device_budget: float, host_budget: float) -> str:
-    """Where `size` bytes of activations go. `auto`: the device, else the host, else a file; a site at
-    layer 0 has nothing below it. Budgets in bytes.
+def choose_mode(
+    mode: str, layer: int, size: int, device_budget: float, host_budget: float, split: int = 1
+) -> str:
+    """Where `size` bytes of activations go, of which a device would hold a `split`th. `auto`: the device,
+    else the host, else a file; a site at layer 0 has nothing below it. Budgets in bytes.
 
     Raises UserError when a mode that was asked for exceeds its budget.
     """
     if layer == 0 or mode == "off":
         return "off"
-    budgets = {"device": device_budget, "host": host_budget, "disk": float("inf")}
+    budgets = {"device": device_budget * split, "host": host_budget, "disk": float("inf")}
     if mode == "auto":
         return next(m for m, budget in budgets.items() if size <= budget)
     if size > budgets[mode]:
@@ -87,7 +89,8 @@ def empty_values(mode: str, shape: tuple[int, int], dtype: Any, folder: Path | N
 
 def filled_source(values: np.ndarray, layer: int, mode: str, mesh: Mesh) -> Source:
     """What `empty_values` gave, with activations in it, where `mode` wants it."""
-    return Source(place(values, replicated(mesh)) if mode == "device" else values, layer, mode)
+    there = mode == "device"
+    return Source(place(values, source_sharding(mesh, values.shape)) if there else values, layer, mode)
 
 
 def cached_source(
@@ -108,7 +111,7 @@ def cached_source(
     processes each computes its share, and all get, and keep, all of it."""
     if mode == "off":
         return token_source(corpus, mesh)
-    values = empty_values(mode, (len(corpus.tokens), spec.d_model), weights["embed"].dtype, folder)
+    values = empty_values(mode, (len(corpus.tokens), spec.d_model), activation_dtype(weights), folder)
     length, rows = even_rows(corpus, row_length, most_rows, mesh.shape["data"])
     for which in sequential_batches(corpus, rows, length):
         batch = pack(corpus, which, dataclasses.replace(fit_shape(corpus, [which], length), rows=rows))

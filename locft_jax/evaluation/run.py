@@ -26,6 +26,7 @@ from locft_jax.evaluation.metrics import (
     stop_tables,
 )
 from locft_jax.model.hf import Model
+from locft_jax.model.sharding import width_split
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits
 
@@ -150,7 +151,8 @@ def probe_cache(model: Model, asked: Asked, layer: int, config: Config, beside: 
     size = (texts + beside) * model.spec.d_model * np.dtype(model.dtype).itemsize
     try:
         budgets = hosts.least(*memory_budgets(config.memory_budget))
-        mode = choose_mode(config.prefix_cache, layer, size, *budgets)
+        split = width_split(model.mesh, model.spec.d_model)
+        mode = choose_mode(config.prefix_cache, layer, size, budgets[0], budgets[1], split)
     except UserError:  # the mode that was asked for holds the edit's own at most
         return None
     return ProbeCache(layer, mode) if mode != "off" else None
