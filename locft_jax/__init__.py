@@ -13,7 +13,9 @@ editing/       site.py   step.py   prefix.py   pipeline.py   preserve.py
 evaluation/    generate.py   answers.py   metrics.py   run.py   report.py
 export.py      orbax, and where results may go
 api.py         load_model, edit, evaluate: the commands as functions
-edit.py  evaluate.py  delta.py  ask.py   the commands, `python -m locft_jax.NAME`
+locating/      places.py (which sites)   rule.py (which is best)   measure.py (edit and ask at each)
+               table.py   figure.py   compiled.py
+edit.py  evaluate.py  locate.py  delta.py  ask.py   the commands, `python -m locft_jax.NAME`
 demo/          a small world of facts, its generator, and the small model that knows them
 
 A room imports only rooms above it; commands import all of them.

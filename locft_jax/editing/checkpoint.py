@@ -232,7 +232,7 @@ def finished(out: Path, run: Mapping[str, Any]) -> bool:
     if not isinstance(report, dict) or saved_something(out / "checkpoint"):
         return False
     found = {**report.get("config", {}), "data_sha256": report.get("data_sha256")}
-    _check_same({k: v for k, v in found.items() if k in run and k != "mesh"}, run, out)
+    check_same({k: v for k, v in found.items() if k in run and k != "mesh"}, run, out)
     return True
 
 
@@ -246,17 +246,24 @@ def saved_something(folder: Path) -> bool:
 def open_run(out: Path, every: str, run: Mapping[str, Any], resume: bool) -> Checkpoints:
     """The checkpoints of a run in `out`: those that are there if it is to `resume`, else none. Raises
     UserError naming what differs when they are another run's."""
+    return Checkpoints(open_folder(out, run, resume), every, run)
+
+
+def open_folder(out: Path, run: Mapping[str, Any], resume: bool) -> Path:
+    """Where a run in `out` keeps what it goes on from; emptied unless it is to `resume`. Raises UserError
+    as `open_run`."""
     folder = out / "checkpoint"
     if resume and saved_something(folder):
-        _check_same(_read(folder / "run.json"), run, folder)
+        check_same(_read(folder / "run.json"), run, folder)
     else:
         shutil.rmtree(folder, ignore_errors=True)
         if resume:
             say(f"{out} holds no interrupted run: beginning anew")
-    return Checkpoints(folder, every, run)
+    return folder
 
 
-def _check_same(found: Mapping[str, Any], run: Mapping[str, Any], where: Path) -> None:
+def check_same(found: Mapping[str, Any], run: Mapping[str, Any], where: Path) -> None:
+    """Raise UserError naming what differs between the run that was `found` and this one."""
     run = json.loads(json.dumps(run))
     differ = [
         f"{key}: {json.dumps(value)[:80]} there, {json.dumps(run.get(key))[:80]} here"

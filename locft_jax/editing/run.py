@@ -15,7 +15,7 @@ from locft_jax.data.requests import EditRequest
 from locft_jax.data.tokens import Corpus, encode_pairs
 from locft_jax.editing.checkpoint import Checkpoints
 from locft_jax.editing.pipeline import Outcome, Schedule, StepRecord, run_pipeline
-from locft_jax.editing.prefix import cached_source, choose_mode
+from locft_jax.editing.prefix import Source, cached_source, choose_mode
 from locft_jax.editing.preserve import make_preserve
 from locft_jax.editing.site import find_site, first_layer, materialize, parameters, read_site
 from locft_jax.editing.step import Hyper, init_state
@@ -108,19 +108,18 @@ def run_edit(
     start: Mapping[str, np.ndarray] | None = None,
     checkpoints: Checkpoints | None = None,
     retained: Sequence[str] | None = None,
+    source: Source | None = None,
 ) -> Edited:
     """LocFT-BF on one model: the given model is not changed. `start`: values that the site's tensors
     begin with (HF names; default: the model's own). With `checkpoints` the run goes on from the newest
     one and leaves others; `on_step` is told of the steps made before too. `retained`: texts for the config's
-    `preserve` (None: the model's own).
+    `preserve` (None: the model's own). `source`: the corpus as it enters the site's lowest layer, from a
+    caller who edits at many sites (default: made here).
 
     Raises NonFiniteLoss, and Interrupted when a signal asked to stop.
     """
     begin = time.monotonic()
     layer = first_layer(model.spec, site)
-    size = len(corpus.tokens) * model.spec.d_model * np.dtype(model.dtype).itemsize
-    budgets = memory_budgets(config.memory_budget)
-    mode = choose_mode(config.prefix_cache, layer, size, *budgets)
     base = model.edits
     given = base if start is None else model.with_edits(start, np.float32).edits
     state = init_state(read_site(model.spec, model.weights, site, model.mesh, given))
@@ -130,9 +129,11 @@ def run_edit(
         checkpoints.start()
         for record in done:
             on_step(record)
-    source = cached_source(
-        model.spec, model.weights, corpus, layer, mode, model.mesh, config.row_length, base=base
-    )
+    if source is None:
+        mode = cache_mode(model, corpus, layer, config)
+        source = cached_source(
+            model.spec, model.weights, corpus, layer, mode, model.mesh, config.row_length, base=base
+        )
     preserve = make_preserve(model, site, config, retained)
     outcome = run_pipeline(
         model.spec,
@@ -152,7 +153,15 @@ def run_edit(
     seconds = time.monotonic() - begin
     if checkpoints is not None:
         seconds = checkpoints.finish(outcome.state, outcome.records)
-    return Edited(tensors, outcome, parameters(outcome.state.theta), mode, corpus.boundary_merges, seconds)
+    return Edited(
+        tensors, outcome, parameters(outcome.state.theta), source.mode, corpus.boundary_merges, seconds
+    )
+
+
+def cache_mode(model: Model, corpus: Corpus, layer: int, config: Config) -> str:
+    """Where the activations that enter `layer` are kept, as `choose_mode` says."""
+    size = len(corpus.tokens) * model.spec.d_model * np.dtype(model.dtype).itemsize
+    return choose_mode(config.prefix_cache, layer, size, *memory_budgets(config.memory_budget))
 
 
 def last_delta(folder: Path, checkpoint: Checkpoint, site: Sequence[str]) -> Delta:
