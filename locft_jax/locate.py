@@ -31,8 +31,8 @@ from locft_jax.evaluation.run import check_probes, counts, prepare
 from locft_jax.files import whole_folder
 from locft_jax.locating.compiled import counted
 from locft_jax.locating.measure import Bench
-from locft_jax.locating.places import MODULES, STUDIED, Place, make_plan
-from locft_jax.locating.table import finished, open_table, print_table, told, write_results
+from locft_jax.locating.places import MODULES, STUDIED, Place, Plan, make_plan
+from locft_jax.locating.table import Table, finished, open_table, print_table, told, write_results
 from locft_jax.model.hf import Checkpoint, load_opened, load_tokenizer, open_checkpoint
 from locft_jax.model.sharding import make_mesh
 from locft_jax.progress import Bar, say
@@ -77,14 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         with Bar("before", len(asked.probes)) as bar:
             bench = Bench(model, corpus, asked, config, retained, table.before(), bar.advance)
         table.keep_before(bench.before)
-        for name, places in plan.rounds(table.lines):
-            with Bar(name, len(places)) as bar:
-                for place in places:
-                    if table.holds(place):
-                        bar.skip()
-                        continue
-                    line = table.add(bench.measure(place))
-                    bar.advance(1, f"layer {place.layer} {place.module}: {told(line)}")
+        measure_places(plan, bench, table)
         facts = {
             "model": config.model_name_or_path,
             "layers": checkpoint.spec.n_layers,
@@ -127,6 +120,18 @@ def check_places(
         check_preserve(checkpoint.spec, place.tensors, config)
         notes |= dict.fromkeys(check_fit(checkpoint, config, place.tensors, corpus, mesh))
     return list(notes)
+
+
+def measure_places(plan: Plan, bench: Bench, table: Table) -> None:
+    """Fill the table with every place of the plan that it does not hold yet."""
+    for name, places in plan.rounds(table.lines):
+        with Bar(name, len(places)) as bar:
+            for place in places:
+                if table.holds(place):
+                    bar.skip()
+                else:
+                    line = table.add(bench.measure(place))
+                    bar.advance(1, f"layer {place.layer} {place.module}: {told(line)}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
