@@ -34,6 +34,12 @@ def test_edit_speed(torch):
     assert row["ratio"] > 0 and row["loss_gap"] < 1e-3
 
 
+def test_edit_profile():
+    parts = script("edit_profile.py")["parts"]
+    assert all(part["milliseconds"] > 0 for part in parts.values())
+    assert sum(part["products"] is None for part in parts.values()) == 3
+
+
 @pytest.mark.parity
 def test_evaluation_speed(torch):
     result = script("evaluation_speed.py")
