@@ -18,6 +18,7 @@ from typing import Any
 from locft_jax.config import Config, config_to_dict
 from locft_jax.data.capability import CapabilityItem
 from locft_jax.data.requests import EditData, EditRequest, requests_from_records
+from locft_jax.editing.augment import written_prefixes
 from locft_jax.editing.checkpoint import Checkpoints
 from locft_jax.editing.pipeline import StepRecord
 from locft_jax.editing.preserve import check_preserve, retained_texts, told
@@ -92,14 +93,15 @@ def edit(
     config = config or Config()
     data = as_data(requests, config)
     site = choose_site(model.spec, config)
-    corpus = encode_requests(model.tokenizer, data.requests, config, model.spec)
+    prefixes = written_prefixes(model, config)
+    corpus = encode_requests(model.tokenizer, data.requests, config, model.spec, prefixes)
     check_preserve(model.spec, site, config)
     retained = retained_texts(config, data.requests)
     seconds: dict[str, float | None] = dict.fromkeys(("load", "before", "edit", "after", "export"))
 
     asked = before = after = cache = None
     if config.evaluate:
-        probes = make_probes(data.requests, config.eval_sample, config.seed)
+        probes = make_probes(data.requests, config.eval_sample, config.seed, config.augment_rephrases)
         asked = prepare(model, probes, capability, config.chat_template)
         # The site's own tensors as edits: the same compiled code then serves before and after.
         own = {n: take_tensor(model.spec, model.weights, n) for n in site}
@@ -115,7 +117,7 @@ def edit(
                 checkpoints.keep_before(kept)
 
     steps: list[dict[str, Any]] = []
-    per_epoch = -(-len(corpus) // config.batch_size)
+    per_epoch = -(-corpus.edits // config.batch_size)
     with Bar("editing", per_epoch * config.num_steps, show) as bar:
 
         def record(line: StepRecord) -> None:
@@ -123,7 +125,7 @@ def edit(
             if checkpoints is not None and checkpoints.resumed and line.step <= checkpoints.resumed[-1]:
                 return bar.skip()  # made by an earlier process
             on_step(steps[-1])
-            rate = bar.rate() * len(corpus) / per_epoch
+            rate = bar.rate() * corpus.edits / per_epoch
             what = "epoch" if config.pipeline == "breadth" else "mini-batch"
             bar.advance(1, f"{what} {line.epoch + 1}, loss {line.loss:.4f}, {rate:.0f} edits/s")
 
@@ -179,7 +181,10 @@ def evaluate(
     config = config or Config()
     data = as_data(requests, config)
     asked = prepare(
-        model, make_probes(data.requests, config.eval_sample, config.seed), capability, config.chat_template
+        model,
+        make_probes(data.requests, config.eval_sample, config.seed, config.augment_rephrases),
+        capability,
+        config.chat_template,
     )
     seconds: dict[str, float | None] = {}
     answers = _ask(model, model.edits, asked, None, config, "evaluating", seconds, show, None)

@@ -27,7 +27,6 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     "eval_every": (None,),
     "preserve": ("none", "soft", "null"),
     "preserve_kl": (None,),
-    "augment_prefixes": (0,),
 }
 
 # Keys accepted for the sake of existing files: a run prints the note and does nothing else.
@@ -77,7 +76,9 @@ class Config:
     preserve_strength: float | None = None  # soft: > 0; null: a share of the trace, in (0, 1)
     preserve_data: str | None = None  # model (the default), templates, or a file of texts
     preserve_kl: float | None = None
-    augment_prefixes: int = 0
+    augment_prefixes: int = 0  # times that an edit is also trained after a random text
+    augment_data: str | None = None  # file of such texts; None: the model writes them
+    augment_rephrases: int = 0  # given rephrases that are trained too, and then not asked
     source: str = field(default="", repr=False, compare=False)  # the file read; not a key
 
     def __post_init__(self) -> None:
@@ -322,7 +323,9 @@ _RULES: dict[str, _Rule] = {
     "preserve_strength": _optional(_real(0, above=True)),
     "preserve_data": _optional(_PATH),
     "preserve_kl": _optional(_real(0)),
-    "augment_prefixes": _whole(0),
+    "augment_prefixes": _whole(0, 1000),
+    "augment_data": _optional(_PATH),
+    "augment_rephrases": _whole(0),
 }
 
 # What other trainers call a key that spelling alone would not find.

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     retained = retained_texts(config, data.requests)
     corpus = encode_requests(tokenizer, data.requests, config, checkpoint.spec)
     if config.evaluate:
-        probes = make_probes(data.requests, config.eval_sample, config.seed)
+        probes = make_probes(data.requests, config.eval_sample, config.seed, config.augment_rephrases)
         check_probes(tokenizer, checkpoint.spec, probes, capability, config.chat_template)
     notes = check_fit(checkpoint, config, site, corpus, mesh)
     export.check_space(out, checkpoint, site, config.export)

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     if delta:
         check_delta(checkpoint, delta)
 
-    probes = make_probes(data.requests, config.eval_sample, config.seed)
+    probes = make_probes(data.requests, config.eval_sample, config.seed, config.augment_rephrases)
     check_probes(tokenizer, checkpoint.spec, probes, capability, config.chat_template)
     check_memory(checkpoint.spec, mesh, frozen_dtype(checkpoint, config.weights).itemsize)
 

@@ -21,6 +21,7 @@ from locft_jax.config import Config, load_config
 from locft_jax.data.capability import read_capability
 from locft_jax.data.requests import read_requests
 from locft_jax.data.tokens import Corpus
+from locft_jax.editing.augment import written_prefixes
 from locft_jax.editing.checkpoint import describe_run
 from locft_jax.editing.preserve import check_preserve, retained_texts
 from locft_jax.editing.run import check_fit, encode_requests
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     plan = make_plan(checkpoint.spec, args.modules, args.layers, args.strategy, args.from_sibling)
     retained = retained_texts(config, data.requests)
     corpus = encode_requests(tokenizer, data.requests, config, checkpoint.spec)
-    probes = make_probes(data.requests, config.eval_sample, config.seed)
+    probes = make_probes(data.requests, config.eval_sample, config.seed, config.augment_rephrases)
     check_probes(tokenizer, checkpoint.spec, probes, capability, config.chat_template)
     notes = check_places(plan.all(), checkpoint, config, corpus, mesh)
     run = describe_run(config, data, capability, checkpoint, (), mesh, None, retained) | plan.told()
@@ -74,6 +75,8 @@ def main(argv: list[str] | None = None) -> None:
     with table.kept(), counted(table.folder / "compiled") as compilations:
         model = load_opened(checkpoint, tokenizer, mesh, config.weights)
         asked = prepare(model, probes, capability, config.chat_template)
+        prefixes = written_prefixes(model, config)
+        corpus = encode_requests(tokenizer, data.requests, config, checkpoint.spec, prefixes)
         with Bar("before", len(asked.probes)) as bar:
             bench = Bench(model, corpus, asked, config, retained, table.before(), bar.advance)
         table.keep_before(bench.before)

@@ -247,7 +247,6 @@ def test_source_is_not_a_key():
         ("weights=int8", "checkpoint, float32, bfloat16"),
         ("preserve=kfac", "none, soft, null"),
         ("preserve_kl=much", "null"),
-        ("augment_prefixes=5", "0"),
         ("eval_every=2", "null"),
     ],
 )

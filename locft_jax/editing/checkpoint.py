@@ -30,6 +30,7 @@ from locft_jax.config import Config, config_to_dict
 from locft_jax.data.capability import CapabilityItem
 from locft_jax.data.records import digest
 from locft_jax.data.requests import EditData
+from locft_jax.editing.augment import prefix_texts
 from locft_jax.editing.pipeline import StepRecord
 from locft_jax.editing.step import EditState
 from locft_jax.errors import UserError, reason
@@ -220,6 +221,7 @@ def describe_run(
         "capability": digest([dataclasses.asdict(item) for item in capability]),
         "base_model": base_digest(checkpoint, site),
         "preserve_texts": digest([{"text": text} for text in retained or ()]),
+        "augment_texts": digest([{"text": text} for text in prefix_texts(config)]),
         "start": start and digest([{n: a.tobytes().hex() for n, a in start.new.items()}]),
         "versions": versions(),
     }

@@ -75,13 +75,14 @@ def place_batch(batch: Batch, mesh: Mesh) -> Batch:
 
 def run_shape(corpus: Corpus, schedule: Schedule, mesh: Mesh) -> Shape:
     """The one shape that holds every batch of the run (they follow from the seed)."""
-    return fit_shape(corpus, list(_visits(corpus, schedule)), schedule.row_length, mesh.shape["data"])
+    batches = [corpus.examples_of(which) for which in _visits(corpus, schedule)]
+    return fit_shape(corpus, batches, schedule.row_length, mesh.shape["data"])
 
 
 def _visits(corpus: Corpus, schedule: Schedule) -> Iterator[np.ndarray]:
-    """The mini-batches as the run comes to them: those of every epoch (breadth-first), or each of them
+    """The mini-batches of edits as the run comes to them: those of every epoch (breadth-first), or each
     once, in the order of the data (depth-first)."""
-    count, size = len(corpus), schedule.batch_size
+    count, size = corpus.edits, schedule.batch_size
     if schedule.pipeline == "depth":
         yield from (np.arange(start, min(start + size, count)) for start in range(0, count, size))
         return
@@ -187,14 +188,14 @@ def run_pipeline(
     # Counts begin where a step leaves them: elsewhere, the second step would compile anew.
     state = jax.tree.map(lambda a: a if a.ndim else jax.device_put(a, everywhere), state)
     depth = schedule.pipeline == "depth"
-    per_epoch = 1 if depth else -(-len(corpus) // schedule.batch_size)  # visits
+    per_epoch = 1 if depth else -(-corpus.edits // schedule.batch_size)  # visits
     floor = schedule.hyper.loss_floor
     first, made = _position(schedule, done)
     fresh = _fresh(state.optimizer)
 
     def prepare() -> Iterator[tuple[np.ndarray, Any, Batch]]:
         for which in itertools.islice(_visits(corpus, schedule), first, None):
-            batch = pack(corpus, which, shape, schedule.average)
+            batch = pack(corpus, corpus.examples_of(which), shape, schedule.average)
             assert batch is not None, "run_shape saw every batch"
             array, batch = source.feed(batch)
             yield which, jax.device_put(array, everywhere), place_batch(batch, mesh)
@@ -216,7 +217,7 @@ def run_pipeline(
                 f"{', '.join(map(str, which[:8]))}{', ...' if len(which) > 8 else ''} (counted from 0); "
                 "a smaller lr, or weights and data without NaN or infinity, would be right"
             )
-        tokens = int(corpus.lengths[which].sum())
+        tokens = int(corpus.lengths[corpus.examples_of(which)].sum())
         record = StepRecord(epoch, len(records) + 1, value, value < floor, len(which), tokens)
         records.append(record)
         on_step(record)

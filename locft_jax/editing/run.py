@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from locft_jax.config import Config, resolve_layers
 from locft_jax.data.requests import EditRequest
 from locft_jax.data.tokens import Corpus, encode_pairs
+from locft_jax.editing.augment import prefix_texts, training_prompts
 from locft_jax.editing.checkpoint import Checkpoints
 from locft_jax.editing.pipeline import Outcome, Schedule, StepRecord, run_pipeline
 from locft_jax.editing.prefix import Source, cached_source, choose_mode
@@ -58,24 +59,33 @@ def schedule_of(config: Config) -> Schedule:
 
 
 def encode_requests(
-    model_tokenizer: object, requests: Sequence[EditRequest], config: Config, spec: ModelSpec
+    model_tokenizer: object,
+    requests: Sequence[EditRequest],
+    config: Config,
+    spec: ModelSpec,
+    prefixes: Sequence[str] | None = None,
 ) -> Corpus:
-    """Training texts of the requests, EOS included (method.md, An edit). For `ft-l` only the last
-    token of a target is trained; EOS, which says nothing of the fact, is left out. Raises UserError when
-    the tokenizer has no EOS to append, or as `encode_pairs` does."""
+    """Training texts of the requests, EOS included (method.md, An edit), and those that the config's
+    `augment_...` keys add; `prefixes`: random texts (default: as `prefix_texts` has them without the model).
+    For `ft-l` only the last token of a target is trained; EOS, which says nothing of the fact, is left out.
+    Raises UserError when the tokenizer has no EOS to append, or as `encode_pairs` and `prefix_texts` do."""
     eos = getattr(model_tokenizer, "eos_token_id", None)
     append = config.append_eos and config.method != "ft-l"
     if append and eos is None:
         raise UserError("append_eos: this model's tokenizer has no EOS token; use append_eos=false")
+    prompts = training_prompts(requests, config, prefix_texts(config) if prefixes is None else prefixes)
+    counts = [len(own) for own in prompts]
     corpus = encode_pairs(
         model_tokenizer,
-        [r.prompt for r in requests],
-        [r.target_new for r in requests],
+        [prompt for own in prompts for prompt in own],
+        [r.target_new for r, count in zip(requests, counts, strict=True) for _ in range(count)],
         eos=eos if append else None,
         chat_template=config.chat_template,
         max_length=spec.max_position,
         vocab_size=spec.vocab_size,
     )
+    if max(counts, default=1) > 1:
+        corpus = dataclasses.replace(corpus, edit=np.repeat(np.arange(len(counts)), counts))
     last = corpus.lengths - 1
     return dataclasses.replace(corpus, target_start=last) if config.method == "ft-l" else corpus
 
