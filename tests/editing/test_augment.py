@@ -136,7 +136,14 @@ def test_a_file_of_texts_that_will_not_do(content, setting, told, tmp_path, edit
 
 
 def test_a_prompt_too_long_with_a_text_before_it_is_refused_before_loading(model, requests):
-    long = dataclasses.replace(requests[0], prompt=" ".join(["the"] * 75))
-    encode_requests(model.tokenizer, [long], Config(), model.spec)
+    def fits(count):
+        long = dataclasses.replace(requests[0], prompt="five " * count + "five")
+        try:
+            return encode_requests(model.tokenizer, [long], Config(), model.spec) and long
+        except UserError:
+            return None
+
+    long = next(fits(n) for n in range(400) if not fits(n + 1))  # the longest that has room by itself
+    assert len(long.prompt) > 200
     with pytest.raises(UserError, match="context"):
         encode_requests(model.tokenizer, [long], Config(augment_prefixes=1), model.spec)
