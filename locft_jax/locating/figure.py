@@ -27,7 +27,7 @@ def draw_curves(lines: Sequence[Line], before: Mapping[str, float | None], title
     layers = sorted({line["layer"] for line in lines})
     columns = min(2, len(keys))
     rows = -(-len(keys) // columns)
-    figure = _figure(5.2 * columns, 3.4 * rows + 0.9)
+    figure = new_figure(5.2 * columns, 3.4 * rows + 0.9)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True).reshape(-1)
     for axis, key in zip(axes, keys, strict=False):
         for i, module in enumerate(modules):
@@ -67,7 +67,7 @@ def draw_heat_maps(lines: Sequence[Line], top: tuple[int, str], title: str, out:
     columns = min(2, len(keys))
     rows = -(-len(keys) // columns)
     width = 2.8 + 0.55 * max(6, min(len(layers), 2 * NAMED))
-    figure = _figure(width * columns, rows * (1.5 + 0.45 * len(modules)) + 0.6)
+    figure = new_figure(width * columns, rows * (1.5 + 0.45 * len(modules)) + 0.6)
     axes = figure.subplots(rows, columns, squeeze=False).reshape(-1)
     for axis, key in zip(axes, keys, strict=False):
         values = np.full((len(modules), len(layers)), np.nan)
@@ -104,7 +104,7 @@ def _with(lines: Sequence[Line], key: str, module: str) -> list[Line]:
     return [line for line in lines if line["module"] == module and line[key] is not None]
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """A figure of so many inches that needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
