@@ -9,9 +9,11 @@ import argparse
 import dataclasses
 import functools
 import json
+import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from locft_jax.commands import run_command
 from locft_jax.data.capability import CapabilityItem, read_capability
 from locft_jax.data.records import digest
 from locft_jax.data.requests import EditData, read_requests
-from locft_jax.editing.checkpoint import describe_run
+from locft_jax.editing.checkpoint import Interrupted, describe_run
 from locft_jax.editing.pipeline import NonFiniteLoss
 from locft_jax.editing.preserve import check_preserve, retained_texts
 from locft_jax.editing.run import check_fit, choose_site, encode_requests
@@ -83,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
         if held is None or held[0] != key:
             held = None
             held = key, load_opened(job.checkpoint, job.tokenizer, job.mesh, job.run.config.weights)
-        line = measure(held[1], job)
+        with interrupted(folder, lines):
+            line = measure(held[1], job)
         add_line(folder, line)
         lines[job.run.name] = line
         console.print(plain("  " + told(line)))
@@ -160,6 +163,27 @@ def measure(model: Model, job: Job) -> Line:
         "edit_seconds": report["seconds"]["edit"],
         "seconds": time.monotonic() - begin,
     }
+
+
+@contextmanager
+def interrupted(folder: Path, lines: Mapping[str, Line]) -> Iterator[None]:
+    """Around a run: SIGTERM and Ctrl-C say how to go on."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not lines:
+            raise Interrupted("nothing was written") from None
+        raise Interrupted(
+            f"the {len(lines)} runs finished so far can be found in {folder}: the same command with --resume "
+            "goes on with the others"
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 def told(line: Line) -> str:

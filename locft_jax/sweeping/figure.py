@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from locft_jax.locating.figure import COLOURS, MARKERS, new_figure
-from locft_jax.sweeping.table import FIGURES, label
+from locft_jax.locating.figure import COLOURS, MARKERS, new_figure, panels
+from locft_jax.sweeping.table import label
 
 Row = Mapping[str, Any]
 
@@ -25,9 +25,8 @@ def horizontal(rows: Sequence[Row]) -> str | None:
 def draw_sweep(rows: Sequence[Row], before: Mapping[str, float | None], title: str, out: Path) -> None:
     """One panel a figure. Over the key with most numbers: one curve for every combination of the others; else
     one bar a run. Lines at a point: the standard deviation over seeds. Dashed: the unedited model. PNG."""
-    keys = [key for key in FIGURES if any(row[key] is not None for row in rows)]
-    across = horizontal(rows)
-    columns = min(3 if across is None else 2, len(keys))
+    keys, across = panels(rows), horizontal(rows)
+    columns = min(2 if across and len(keys) == 4 else 3, len(keys))
     lines = -(-len(keys) // columns)
     height = 3.6 if across else 1.1 + 0.42 * len(rows)
     figure = new_figure((5.2 if across else 4.6) * columns + (0 if across else 1.5), height * lines + 0.9)
@@ -66,8 +65,13 @@ def _curves(axis: Any, rows: Sequence[Row], key: str, across: str) -> None:
                 label=name, color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], capsize=3,
             )  # fmt: skip
     values = sorted({row["settings"][across] for row in rows})
-    if values[0] > 0 and values[-1] / values[0] >= 20:
+    if values[0] > 0 and values[-1] / values[0] >= 5:
         axis.set_xscale("log")
+    axis.set_xticks(values, [f"{value:g}" for value in values])
+    axis.set_xticks([], minor=True)
+    low, high = axis.get_ylim()
+    if high - low < 5:  # a difference of nothing must not look like one
+        axis.set_ylim((low + high) / 2 - 2.5, (low + high) / 2 + 2.5)
     axis.set_xlabel(across.replace("_", " "), fontsize=12)
     axis.set_ylabel("%", fontsize=12)
 
