@@ -241,7 +241,7 @@ def finished(out: Path, run: Mapping[str, Any]) -> bool:
 def saved_something(folder: Path) -> bool:
     """Whether a run can go on from this folder (a checkpoint/)."""
     return _read(folder / "run.json") is not None and (
-        bool(_steps(folder)) or (folder / "before.json").exists()
+        bool(_steps(folder)) or any((folder / name).exists() for name in ("before.json", "runs.jsonl"))
     )
 
 

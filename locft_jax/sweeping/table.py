@@ -14,7 +14,7 @@ from rich.table import Table
 
 from locft_jax.errors import UserError
 from locft_jax.evaluation.report import plain
-from locft_jax.files import whole_file, write_json, write_jsonl
+from locft_jax.files import whole_file, write_json, write_jsonl, write_whole_json
 
 FIGURES = ("reliability", "generalization", "locality", "locality_agreement", "capability")
 SHORT = dict(zip(FIGURES, ("rel.", "gen.", "loc.", "agr.", "cap."), strict=True))
@@ -44,6 +44,7 @@ def open_lines(folder: Path, known: Mapping[str, str], resume: bool) -> dict[str
         with whole_file(path) as part:
             write_jsonl(part, lines.values())
     folder.mkdir(parents=True, exist_ok=True)
+    write_whole_json(folder / "run.json", dict(known))
     return lines
 
 
