@@ -58,7 +58,7 @@ class Job:
 def main(argv: list[str] | None = None) -> None:
     """sweep file -> runs, all of them looked at -> every run edited and measured -> table, picture."""
     args = parse(argv)
-    runs = read_sweep(args.sweep, args.pairs)
+    runs = read_sweep(args.sweep, args.pairs, args.config)
     out = args.out or Path("runs") / args.sweep.stem
     console = Console(markup=False, emoji=False)
 
@@ -217,6 +217,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="key=value",
         help="override a key in all runs",
     )
+    add("--config", metavar="FILE|demo", help="in place of the `config` that the sweep file names")
     add("--out", type=Path, help="folder for the results (default: runs/NAME)")
     add("--overwrite", action="store_true", help="replace an existing --out when the sweep is done")
     add("--resume", action="store_true", help="keep the runs that are finished in --out")

@@ -1,7 +1,7 @@
 """A sweep file -> its runs.
 
-model_name_or_path: demo:model      keys that all runs have, as in a config
-config: FILE                        where more of them stand (optional)
+config: ../llama3-8b-zsre.yaml      a config, relative to this file, or `demo` (optional)
+num_edits: 1000                     keys that all runs have, over those of the config
 grid:                               every combination of these values is a run
   pipeline: [depth, breadth]
   batch_size: [1, 100]
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from locft_jax.config import Config, config_from_dict, config_to_dict, load_config
+from locft_jax.config import DEMO_CONFIG, Config, config_from_dict, config_to_dict, load_config
 from locft_jax.errors import UserError
 from locft_jax.flat_yaml import read_yaml, shown
 
@@ -34,10 +34,10 @@ class Run:
         return ", ".join(f"{key}={shown(value)}" for key, value in self.settings.items())
 
 
-def read_sweep(path: Path, overrides: Sequence[str] = ()) -> list[Run]:
-    """The runs of a sweep file, in its order; `overrides` (`key=value`) stand for all of them unless the grid
-    says otherwise. Raises UserError for a malformed file, an unknown key, a bad value, or the same run twice.
-    """
+def read_sweep(path: Path, overrides: Sequence[str] = (), config: str | None = None) -> list[Run]:
+    """The runs of a sweep file, in its order. Later ones win: the config (`config`, a path or `demo`, in
+    place of the file's own), the file's keys, `overrides` (`key=value`), the grid. Raises UserError for a
+    malformed file, an unknown key, a bad value, or the same run twice."""
     values = read_yaml(path)
     grid, also, base = values.pop("grid", {}), values.pop("also", []), values.pop("config", None)
     if not isinstance(grid, Mapping) or not all(isinstance(v, list) and v for v in grid.values()):
@@ -45,7 +45,12 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> list[Run]:
     if not isinstance(also, list) or not all(isinstance(v, Mapping) and v for v in also):
         raise UserError(f"{path}: `also` must be a list of mappings, each the settings of a further run")
     if base is not None and not isinstance(base, str):
-        raise UserError(f"{path}: `config` must be the path of a config file")
+        raise UserError(f"{path}: `config` must be the path of a config file, or demo")
+    if config is not None:
+        base = config
+    elif base is not None and base != "demo":
+        base = str(path.parent / base)
+    base = str(DEMO_CONFIG) if base == "demo" else base
     cells = [dict(zip(grid, cell, strict=True)) for cell in itertools.product(*grid.values())] if grid else []
     cells += [dict(cell) for cell in also]
     if not cells:
@@ -62,11 +67,11 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> list[Run]:
     keys = list(dict.fromkeys(key for cell in cells for key in cell))
     runs = []
     for cell in cells:
-        config = config_from_dict({**shared, **cell}, str(path))
-        if not config.evaluate:
+        own = config_from_dict({**shared, **cell}, str(path))
+        if not own.evaluate:
             raise UserError(f"{path}: evaluate: a sweep measures every run; leave it true")
-        plain = config_to_dict(config)
-        runs.append(Run(config, {key: plain[key] for key in keys}))
+        plain = config_to_dict(own)
+        runs.append(Run(own, {key: plain[key] for key in keys}))
     names = [run.name for run in runs]
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if twice is not None:

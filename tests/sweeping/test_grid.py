@@ -1,8 +1,11 @@
 """A sweep file -> its runs, and what is refused."""
 
+from pathlib import Path
+
 import pytest
 
 from locft_jax import UserError
+from locft_jax.config import DEMO_FOLDER
 from locft_jax.sweeping.grid import read_sweep
 from locft_jax.sweeping.table import grouped, label
 
@@ -80,3 +83,19 @@ def test_a_label_names_what_a_value_alone_does_not_say():
     settings = {"pipeline": "depth", "lr": 1e-3, "seed": 0}
     assert label(settings) == "depth, lr=0.001" and label(settings, "lr") == "depth"
     assert label({"seed": 1}) == "all runs"
+
+
+FILES = sorted((Path(__file__).resolve().parents[2] / "configs" / "paper").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_files_of_the_paper_are_sweeps_of_its_model_and_of_the_demo(path):
+    found = read_sweep(path, ["data_path=zsre_3k.json"])
+    assert all("Llama-3-8B" in run.config.model_name_or_path for run in found)
+    demo = read_sweep(path, config="demo")
+    assert [run.name for run in demo] == [run.name for run in found]
+    assert all(run.config.model_name_or_path == str(DEMO_FOLDER / "model") for run in demo)
+
+
+def test_there_are_files_of_the_paper():
+    assert len(FILES) >= 6
