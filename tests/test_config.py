@@ -247,7 +247,6 @@ def test_source_is_not_a_key():
         ("weights=int8", "checkpoint, float32, bfloat16"),
         ("preserve=kfac", "none, soft, null"),
         ("preserve_kl=much", "null"),
-        ("eval_every=2", "null"),
     ],
 )
 def test_what_is_not_built_yet_is_refused(setting, supported):
