@@ -41,7 +41,7 @@ def whole_file(out: Path) -> Iterator[Path]:
     """A file to write that becomes `out` by renaming when the block ends well; on any error what was at
     `out` before stays as it was."""
     out = out.resolve()
-    part, _ = _beside(out)
+    part, _ = beside(out)
     try:
         yield part
         sync(part)
@@ -56,7 +56,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
     """A folder to fill that becomes `out` by renaming when the block ends well; on any error what was
     at `out` before stays as it was. A process that dies meanwhile leaves names to `recover`."""
     out = out.resolve()
-    part, old = _beside(out)
+    part, old = beside(out)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
@@ -77,7 +77,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
 def recover(out: Path) -> None:
     """Finish or take back what a `whole_folder` that was killed left undone."""
     out = out.resolve()
-    part, old = _beside(out)
+    part, old = beside(out)
     if old.exists() and not out.exists():
         os.replace(part if part.exists() else old, out)  # the new folder was complete
     shutil.rmtree(old, ignore_errors=True)
@@ -93,6 +93,6 @@ def _remove(folder: Path) -> None:
         time.sleep(0.1)
 
 
-def _beside(out: Path) -> tuple[Path, Path]:
+def beside(out: Path) -> tuple[Path, Path]:
     """Names of what is being made and of the folder it replaces: ours alone, nobody else's."""
     return out.with_name(f".{out.name}.locft-part"), out.with_name(f".{out.name}.locft-old")

@@ -244,7 +244,6 @@ def test_source_is_not_a_key():
 @pytest.mark.parametrize(
     ("setting", "supported"),
     [
-        ("weights=int8", "checkpoint, float32, bfloat16"),
         ("preserve=kfac", "none, soft, null"),
         ("preserve_kl=much", "null"),
     ],
@@ -393,6 +392,10 @@ def test_the_papers_settings():
         "llama3-8b-counterfact",
         "mistral-7b-zsre",
         "qwen2.5-7b-zsre",
+        "qwen2.5-14b-zsre",
+        "qwen2.5-32b-zsre",
+        "qwen2.5-72b-zsre",
+        "qwen2.5-72b-zsre-100k",
     }
     down = "model.layers.{}.mlp.down_proj.weight"
     for stem, expected in {
@@ -400,6 +403,10 @@ def test_the_papers_settings():
         "llama3-8b-counterfact": (22, down, 5e-4),
         "mistral-7b-zsre": (23, "model.layers.{}", 5e-5),
         "qwen2.5-7b-zsre": (6, down, 5e-4),
+        "qwen2.5-14b-zsre": (11, down, 5e-4),
+        "qwen2.5-32b-zsre": (15, down, 5e-4),
+        "qwen2.5-72b-zsre": (19, down, 5e-4),
+        "qwen2.5-72b-zsre-100k": (19, down, 5e-4),
     }.items():
         c = settings_of[stem]
         assert (c.layer, c.rewrite_module, c.lr) == expected

@@ -12,7 +12,6 @@ Exact C only: inputs wider than MAX_WIDTH are refused.
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -40,6 +39,7 @@ from locft_jax.model.hf import Model
 from locft_jax.model.sharding import replicated, rows_sharding, tensor_spec
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights, locate_tensor
+from locft_jax.remote import open_file
 
 MAX_WIDTH = 8192  # of a tuned matrix's input: C and P are [width, width]
 DEFAULT_STRENGTH = {"soft": 10.0, "null": 0.9}
@@ -107,10 +107,10 @@ def retained_texts(config: Config, requests: Sequence[EditRequest]) -> list[str]
         return None
     if source == "templates":
         return template_texts(requests, config.seed)
-    path = Path(source)
-    if path.suffix == ".txt":
+    if source.endswith(".txt"):
         try:
-            texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            with open_file(source) as file:
+                texts = [line.strip() for line in file.read().decode().splitlines()]
         except (OSError, ValueError) as e:
             raise UserError(f"preserve_data: {source} cannot be read as UTF-8 text ({e})") from None
     else:
@@ -156,7 +156,7 @@ def template_texts(requests: Sequence[EditRequest], seed: int, each: int = 4) ->
 
 
 def layer_inputs(
-    spec: ModelSpec, w: dict[str, jax.Array], x: jax.Array, rows: Any, window: jax.Array
+    spec: ModelSpec, w: Weights, x: jax.Array, rows: Any, window: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """decoder.block, and what enters its matrices: {value of INPUTS: [B, T, in]}."""
     h = decoder.rms_norm(x, w["attn_norm"], spec.rms_eps)
@@ -186,7 +186,7 @@ def _sums(
     for layer in sorted({l for l, _ in wanted}):
         x = decoder.run_layers(spec, weights, edits, x, batch.rows, at, layer) if layer > at else x
 
-        def body(w: dict[str, jax.Array], l: Any, carry: Any, layer: int = layer) -> Any:
+        def body(w: Weights, l: Any, carry: Any, layer: int = layer) -> Any:
             x, inputs = layer_inputs(spec, w, carry, batch.rows, decoder.windows(spec)[layer])
             for kind, value in inputs.items():
                 if (layer, kind) in wanted:

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from locft_jax.locating.figure import COLOURS, MARKERS, new_figure, panels
+from locft_jax.locating.figure import COLOURS, MARKERS, new_figure
+from locft_jax.locating.rule import worth_showing
 from locft_jax.sweeping.table import label
 
 Row = Mapping[str, Any]
@@ -25,7 +26,7 @@ def horizontal(rows: Sequence[Row]) -> str | None:
 def draw_sweep(rows: Sequence[Row], before: Mapping[str, float | None], title: str, out: Path) -> None:
     """One panel a figure. Over the key with most numbers: one curve for every combination of the others; else
     one bar a run. Lines at a point: the standard deviation over seeds. Dashed: the unedited model. PNG."""
-    keys, across = panels(rows), horizontal(rows)
+    keys, across = worth_showing(rows), horizontal(rows)
     columns = min(2 if len(keys) == 4 else 3, len(keys))
     lines = -(-len(keys) // columns)
     height = 3.6 if across else 1.1 + 0.42 * len(rows)
