@@ -333,6 +333,8 @@ def test_a_url_that_leads_nowhere(refused, edit_arguments, bucket, tmp_path, key
 
 def test_without_gcsfs_the_extra_is_named(refused, edit_arguments, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
+    for kind in ("gs", "gcs"):  # fsspec remembers what an earlier test has loaded
+        monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, kind, raising=False)
     for arguments in (
         edit_arguments("gs://bucket/out"),
         edit_arguments("out", data_path="gs://b/edits.json"),
