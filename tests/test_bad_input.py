@@ -468,8 +468,8 @@ LAYER = {"rewrite_module": "model.layers.{}"}
         (80, False, LAYER, "use mesh={data: 2, model: 4} and weights=bfloat16"),
         (130, True, LAYER, f"use weights=bfloat16 and rewrite_module={MODULE} in one layer"),
         (90, True, {}, "use weights=int8"),
-        (18, False, {}, "or 16 such devices with mesh={data: 1, model: 16}"),
-        (18, False, {"weights": "int8"}, "or 16 such devices with mesh={data: 1, model: 16}"),
+        (15, False, {}, "or 16 such devices with mesh={data: 1, model: 16}"),
+        (15, False, {"weights": "int8"}, "or 16 such devices with mesh={data: 1, model: 16}"),
         (0, False, {}, "even weights=int8 and the smallest site need 85.38 KiB there"),
     ],
 )

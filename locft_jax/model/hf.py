@@ -257,7 +257,7 @@ def _load_int8(checkpoint: Checkpoint, row: Row, place: Quantized, pool: ThreadP
         rows, columns = index[-2:]
         some = range(height)[rows]
         layers = range(len(names))[index[0]] if row.layers else range(1)
-        out = np.empty((len(layers), len(some), len(range(width)[columns])), np.int8)
+        out = reading.empty((len(layers), len(some), len(range(width)[columns])), np.dtype(np.int8))
 
         def fill(i: int, start: int) -> None:
             own = some[start : start + step]

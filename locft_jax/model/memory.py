@@ -75,7 +75,8 @@ def estimate(
     key, value, attention, output, gate, up, down) in the weights' dtype and its float32 attention
     scores; of every target the float32 logits and their gradient; and of int8 matrices, which are converted
     one at a time, the largest. The compiler's own figure is 0.6 to 0.8 times that in float32 and, on a CPU,
-    which computes bfloat16 in float32, twice that in bfloat16.
+    which computes bfloat16 in float32, twice that in bfloat16; the TPU's, of Qwen2.5-72B on 4 to 16 chips in
+    bfloat16, 0.66 to 0.86 times (`locft_jax.plan`).
     """
     mesh = AbstractMesh((sizes["data"], sizes["model"]), ("data", "model"))
 
