@@ -17,7 +17,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -296,6 +296,28 @@ def check_same(found: Mapping[str, Any], run: Mapping[str, Any], where: Path | R
         )
     if "versions" in found and found["versions"] != run["versions"]:
         say("resuming with other versions of the libraries: the result may differ in its last bits")
+
+
+@contextmanager
+def resumable(folder: Path, kept: Callable[[], str | None]) -> Iterator[None]:
+    """Around a run that keeps what is finished as it goes: SIGTERM and Ctrl-C say how to go on. `kept`: what
+    lies in `folder` by then, None for nothing."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        what = kept()
+        if what is None:
+            raise Interrupted("nothing was written") from None
+        raise Interrupted(
+            f"{what} so far can be found in {folder}: the same command with --resume goes on from there"
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 @contextmanager
