@@ -98,7 +98,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def finish(figure: Any, axes: Sequence[Any], used: int, title: str, out: Path, legend: int = 0) -> None:
-    """Hide the panels beyond the first `used`, and save; with `legend` columns of what the first one shows."""
+    """Hide the panels beyond the first `used`, and save; `legend`: columns of what the first one shows."""
     for axis in axes[used:]:
         axis.set_visible(False)
     if legend:
