@@ -159,7 +159,7 @@ def measure(model: Model, job: Job) -> Line:
         "epochs": report["epochs_run"],
         "loss": report["epoch_losses"][-1],
         "stopped": report["stopped"],
-        "dynamics": report.get("dynamics", []),
+        "dynamics": report["dynamics"],
         "edit_seconds": report["seconds"]["edit"],
         "seconds": time.monotonic() - begin,
     }
