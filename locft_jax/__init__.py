@@ -20,7 +20,10 @@ planning/      topology.py (machines that are not here)   case.py (which edit)  
 card.py        the model card of an edit
 export.py      orbax, and where results may go
 api.py         load_model, edit, evaluate: the commands as functions
-edit.py  evaluate.py  delta.py  ask.py  plan.py   the commands, `python -m locft_jax.NAME`
+locating/      places.py (which sites)   rule.py (which is best)   measure.py (edit and ask at each)
+               table.py   figure.py   compiled.py
+sweeping/      grid.py (sweep file -> runs)   table.py   figure.py
+edit.py  evaluate.py  locate.py  sweep.py  plan.py  delta.py  ask.py   `python -m locft_jax.NAME`
 demo/          a small world of facts, its generator, and the small model that knows them
 
 A room imports only rooms above it; commands import all of them.

@@ -19,12 +19,14 @@ from locft_jax.card import make_card, model_name
 from locft_jax.config import Config, config_to_dict
 from locft_jax.data.capability import CapabilityItem
 from locft_jax.data.requests import EditData, EditRequest, requests_from_records
+from locft_jax.editing.augment import written_prefixes
 from locft_jax.editing.checkpoint import Checkpoints
 from locft_jax.editing.pipeline import StepRecord
 from locft_jax.editing.preserve import check_preserve, retained_texts, told
 from locft_jax.editing.run import choose_site, encode_requests, run_edit
 from locft_jax.editing.site import first_layer
 from locft_jax.evaluation.answers import ProbeCache
+from locft_jax.evaluation.dynamics import Dynamics
 from locft_jax.evaluation.metrics import make_probes, unreachable
 from locft_jax.evaluation.run import (
     Answers,
@@ -93,14 +95,15 @@ def edit(
     config = config or Config()
     data = as_data(requests, config)
     site = choose_site(model.spec, config)
-    corpus = encode_requests(model.tokenizer, data.requests, config, model.spec)
+    prefixes = written_prefixes(model, config)
+    corpus = encode_requests(model.tokenizer, data.requests, config, model.spec, prefixes)
     check_preserve(model.spec, site, config)
     retained = retained_texts(config, data.requests)
     seconds: dict[str, float | None] = dict.fromkeys(("load", "before", "edit", "after", "export"))
 
     asked = before = after = cache = None
     if config.evaluate:
-        probes = make_probes(data.requests, config.eval_sample, config.seed)
+        probes = make_probes(data.requests, config.eval_sample, config.seed, config.augment_rephrases)
         asked = prepare(model, probes, capability, config.chat_template)
         # The site's own tensors as edits: the same compiled code then serves before and after.
         own = {n: take_tensor(model.spec, model.weights, n) for n in site}
@@ -115,8 +118,11 @@ def edit(
                 kept = {"answers": dataclasses.asdict(before), "seconds": seconds["before"]}
                 checkpoints.keep_before(kept)
 
+    dynamics = None
+    if config.eval_every and asked is not None and before is not None:
+        dynamics = Dynamics(model, config, asked, before, cache, checkpoints)
     steps: list[dict[str, Any]] = []
-    per_epoch = -(-len(corpus) // config.batch_size)
+    per_epoch = -(-corpus.edits // config.batch_size)
     with Bar("editing", per_epoch * config.num_steps, show) as bar:
 
         def record(line: StepRecord) -> None:
@@ -124,11 +130,14 @@ def edit(
             if checkpoints is not None and checkpoints.resumed and line.step <= checkpoints.resumed[-1]:
                 return bar.skip()  # made by an earlier process
             on_step(steps[-1])
-            rate = bar.rate() * len(corpus) / per_epoch
+            rate = bar.rate() * corpus.edits / per_epoch
             what = "epoch" if config.pipeline == "breadth" else "mini-batch"
             bar.advance(1, f"{what} {line.epoch + 1}, loss {line.loss:.4f}, {rate:.0f} edits/s")
 
-        done = run_edit(model, corpus, site, config, record, start, checkpoints, retained)
+        watch = dynamics.look if dynamics else None
+        done = run_edit(model, corpus, site, config, record, start, checkpoints, retained, watch=watch)
+    if dynamics is not None:
+        done = dataclasses.replace(done, seconds=done.seconds - dynamics.seconds())
     seconds["edit"] = done.seconds
 
     edited = model.with_edits(done.tensors)
@@ -155,6 +164,7 @@ def edit(
     delta = dataclasses.replace(delta, metadata={**delta.metadata, "cards": json.dumps([card])})
     report |= {
         "batches": _batches(data, asked, after),
+        "dynamics": dynamics.lines if dynamics is not None else [],
         "fingerprint": delta.metadata["fingerprint"],
         "resumed": checkpoints.resumed if checkpoints is not None else [],
     }
@@ -182,7 +192,10 @@ def evaluate(
     config = config or Config()
     data = as_data(requests, config)
     asked = prepare(
-        model, make_probes(data.requests, config.eval_sample, config.seed), capability, config.chat_template
+        model,
+        make_probes(data.requests, config.eval_sample, config.seed, config.augment_rephrases),
+        capability,
+        config.chat_template,
     )
     seconds: dict[str, float | None] = {}
     answers = _ask(model, model.edits, asked, None, config, "evaluating", seconds, show, None)

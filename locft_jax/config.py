@@ -23,10 +23,8 @@ DEMO_CONFIG = DEMO_FOLDER / "demo.yaml"
 
 # Keys whose other values wait for a feature, and what works now. Building one shrinks this table.
 NOT_YET: dict[str, tuple[Any, ...]] = {
-    "eval_every": (None,),
     "preserve": ("none", "soft", "null"),
     "preserve_kl": (None,),
-    "augment_prefixes": (0,),
 }
 
 # Keys accepted for the sake of existing files: a run prints the note and does nothing else.
@@ -68,7 +66,7 @@ class Config:
     memory_budget: float | None = None  # GiB for caches; None = 80 % of what is free
     evaluate: bool = True
     eval_sample: int | None = None  # probes of each kind; None = all
-    eval_every: int | None = None  # epochs; None = never
+    eval_every: int | None = None  # epochs (depth: mini-batches) between evaluations; None = never
     capability_data: tuple[str, ...] = ()  # files
     checkpoint_every: str = "10m"  # minutes (10m), or steps (200)
     export: tuple[str, ...] = ("hf", "delta", "orbax")
@@ -76,12 +74,16 @@ class Config:
     preserve_strength: float | None = None  # soft: > 0; null: a share of the trace, in (0, 1)
     preserve_data: str | None = None  # model (the default), templates, or a file of texts
     preserve_kl: float | None = None
-    augment_prefixes: int = 0
+    augment_prefixes: int = 0  # times that an edit is also trained after a random text
+    augment_data: str | None = None  # file of such texts; None: the model writes them
+    augment_rephrases: int = 0  # given rephrases that are trained too, and then not asked
     source: str = field(default="", repr=False, compare=False)  # the file read; not a key
 
     def __post_init__(self) -> None:
         for key in _RULES:
             object.__setattr__(self, key, _checked(key, getattr(self, key), "Config"))
+        if self.eval_every is not None and not self.evaluate:
+            raise UserError(f"Config: `eval_every: {self.eval_every}` needs evaluate: true")
         strength = self.preserve_strength
         if self.preserve == "null" and strength is not None and strength >= 1:
             raise UserError(
@@ -321,7 +323,9 @@ _RULES: dict[str, _Rule] = {
     "preserve_strength": _optional(_real(0, above=True)),
     "preserve_data": _optional(_PATH),
     "preserve_kl": _optional(_real(0)),
-    "augment_prefixes": _whole(0),
+    "augment_prefixes": _whole(0, 1000),
+    "augment_data": _optional(_PATH),
+    "augment_rephrases": _whole(0),
 }
 
 # What other trainers call a key that spelling alone would not find.

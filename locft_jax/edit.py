@@ -67,7 +67,7 @@ def carry_out(args: argparse.Namespace) -> None:
     retained = retained_texts(config, data.requests)
     corpus = encode_requests(tokenizer, data.requests, config, checkpoint.spec)
     if config.evaluate:
-        probes = make_probes(data.requests, config.eval_sample, config.seed)
+        probes = make_probes(data.requests, config.eval_sample, config.seed, config.augment_rephrases)
         check_probes(tokenizer, checkpoint.spec, probes, capability, config.chat_template)
     notes = check_fit(checkpoint, config, site, corpus, mesh)
     if first:

@@ -48,7 +48,7 @@ def carry_out(args: argparse.Namespace) -> None:
     if delta:
         check_delta(checkpoint, delta)
 
-    probes = make_probes(data.requests, config.eval_sample, config.seed)
+    probes = make_probes(data.requests, config.eval_sample, config.seed, config.augment_rephrases)
     check_probes(tokenizer, checkpoint.spec, probes, capability, config.chat_template)
     itemsize = frozen_dtype(checkpoint, config.weights).itemsize
     check_memory(checkpoint.spec, mesh, itemsize, int8=config.weights == "int8")

@@ -65,6 +65,13 @@ def save_orbax(checkpoint: Checkpoint, new: Mapping[str, np.ndarray], out: Path)
     shutil.copy2(checkpoint.folder / "config.json", out / "config.json")
 
 
+def local_place(out: str | Path) -> Path:
+    """Where a command writes that knows folders only. Raises UserError for a URL."""
+    if is_url(str(out)):
+        raise UserError(f"--out: {out} is a URL, this command writes to a folder; copy it when it is done")
+    return Path(out)
+
+
 def place_of(target: str | Path) -> tuple[Path, Remote | None]:
     """The folder of a run, and where its results go if that is a URL: then the folder, in `runs/`, holds
     only what lies here meanwhile, its checkpoints and the results until they are uploaded."""

@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,27 @@ def write_jsonl(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """One JSON object a line."""
     with path.open("w", encoding="utf-8") as f:
         f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def append_jsonl(path: Path, line: Mapping[str, Any]) -> None:
+    """One more line; on the disk when this returns."""
+    with path.open("a", encoding="utf-8") as f:
+        f.write(json.dumps(line, ensure_ascii=False) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def kept_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The lines that `append_jsonl` left, [] where there is no file; without the one that was being written
+    when the process was killed."""
+    lines = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):
+                lines.append(json.loads(text))
+        with whole_file(path) as part:
+            write_jsonl(part, lines)
+    return lines
 
 
 def write_whole_json(out: Path, value: Any) -> None:

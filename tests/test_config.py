@@ -246,8 +246,6 @@ def test_source_is_not_a_key():
     [
         ("preserve=kfac", "none, soft, null"),
         ("preserve_kl=much", "null"),
-        ("augment_prefixes=5", "0"),
-        ("eval_every=2", "null"),
     ],
 )
 def test_what_is_not_built_yet_is_refused(setting, supported):

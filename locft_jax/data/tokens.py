@@ -24,6 +24,7 @@ class Corpus:
     offsets: np.ndarray  # [N + 1] int64: example i is tokens[offsets[i]:offsets[i + 1]]
     target_start: np.ndarray  # [N] int64, >= 1: the first target token needs one before it
     boundary_merges: int = 0  # prompts whose last token merges with the target's first characters
+    edit: np.ndarray | None = None  # [N] ascending: the edit of each example; None: one each
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -40,6 +41,20 @@ class Corpus:
     @property
     def target_lengths(self) -> np.ndarray:
         return self.lengths - self.target_start
+
+    @property
+    def edits(self) -> int:
+        """Edits that the examples are of."""
+        return len(self) if self.edit is None else int(self.edit[-1]) + 1
+
+    def examples_of(self, edits: np.ndarray) -> np.ndarray:
+        """The examples of some edits [n], in their order."""
+        if self.edit is None:
+            return edits
+        first = np.searchsorted(self.edit, np.arange(self.edits + 1))
+        counts = np.diff(first)[edits]
+        before = np.cumsum(counts) - counts
+        return np.repeat(first[edits] - before, counts) + np.arange(counts.sum())
 
     def take(self, which: np.ndarray) -> "Corpus":
         """The examples `which`, in that order."""
@@ -272,8 +287,8 @@ def rows_needed(lengths: np.ndarray, row_length: int) -> int:
 
 def pack(corpus: Corpus, which: np.ndarray, shape: Shape, average: str = "example") -> Batch | None:
     """Examples `which` [n] of the corpus packed into one batch of a fixed shape, or None when they
-    do not fit it. `average`: `example` weighs every example 1 / n, `token` every target token
-    alike (method.md, Training)."""
+    do not fit it. `average`: `example` weighs every edit 1 / n, `token` every target token
+    alike (method.md, Training); the examples of one edit share its weight."""
     lengths, starts = corpus.read_lengths[which], corpus.target_start[which]
     row = assign_rows(lengths, shape.length, shape.rows)
     counts = corpus.target_lengths[which]
@@ -311,7 +326,14 @@ def pack(corpus: Corpus, which: np.ndarray, shape: Shape, average: str = "exampl
         return None
     of_row = np.zeros((shape.rows, shape.row_targets), np.int32)
     of_row[row[of], slot_of] = np.arange(total)
-    weight = 1.0 / (counts[of] * len(which)) if average == "example" else np.full(total, 1.0 / total)
+    shared = np.ones(len(which), np.int64)  # examples of the same edit
+    if corpus.edit is not None:
+        _, own_edit, copies = np.unique(corpus.edit[which], return_inverse=True, return_counts=True)
+        shared = copies[own_edit]
+    if average == "example":
+        weight = 1.0 / (counts[of] * (shared[of] * round((1 / shared).sum())))
+    else:
+        weight = 1.0 / (shared[of] * (counts / shared).sum())
 
     def flat(values: np.ndarray, dtype: Any, fill: int = 0) -> np.ndarray:
         out = np.full(shape.targets, fill, dtype)

@@ -7,6 +7,7 @@ With several processes the first one alone writes and reads them, so that the fo
 
     checkpoint/run.json      what the run is: another run must not go on from here
     checkpoint/before.json   the answers before the edit, asked once
+    checkpoint/dynamics.json what was measured during the edit (`eval_every`)
     checkpoint/steps/N/      after N steps; orbax writes it beside and renames it
 """
 
@@ -17,7 +18,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from locft_jax.config import Config, config_to_dict
 from locft_jax.data.capability import CapabilityItem
 from locft_jax.data.records import digest
 from locft_jax.data.requests import EditData
+from locft_jax.editing.augment import prefix_texts
 from locft_jax.editing.pipeline import StepRecord
 from locft_jax.editing.step import EditState
 from locft_jax.errors import UserError, reason
@@ -215,6 +217,15 @@ class Checkpoints:
         if self.manager:
             write_whole_json(self.folder / "before.json", value)
 
+    def keep_dynamics(self, value: Any) -> None:
+        """Keep what was measured during the edit (plain JSON)."""
+        if self.manager:
+            write_whole_json(self.folder / "dynamics.json", value)
+
+    def kept_dynamics(self) -> Any:
+        """What `keep_dynamics` kept, or None."""
+        return hosts.from_first(_read(self.folder / "dynamics.json") if self.manager else None)
+
     def kept_before(self) -> Any:
         """What `keep_before` kept, or None."""
         return hosts.from_first(_read(self.folder / "before.json") if self.manager else None)
@@ -262,6 +273,7 @@ def describe_run(
         "capability": digest([dataclasses.asdict(item) for item in capability]),
         "base_model": base_digest(checkpoint, site),
         "preserve_texts": digest([{"text": text} for text in retained or ()]),
+        "augment_texts": digest([{"text": text} for text in prefix_texts(config)]),
         "start": start and digest([{n: a.tobytes().hex() for n, a in start.new.items()}]),
         "versions": versions(),
     }
@@ -277,33 +289,40 @@ def finished(out: Path, run: Mapping[str, Any], store: Remote | None = None) -> 
     if not isinstance(report, dict) or saved_something(out / "checkpoint"):
         return False
     found = {**report.get("config", {}), "data_sha256": report.get("data_sha256")}
-    _check_same({k: v for k, v in found.items() if k in run and k != "mesh"}, run, store or out)
+    check_same({k: v for k, v in found.items() if k in run and k != "mesh"}, run, store or out)
     return True
 
 
 def saved_something(folder: Path) -> bool:
     """Whether a run can go on from this folder (a checkpoint/)."""
     return _read(folder / "run.json") is not None and (
-        bool(_steps(folder)) or (folder / "before.json").exists()
+        bool(_steps(folder)) or any((folder / name).exists() for name in ("before.json", "runs.jsonl"))
     )
 
 
 def open_run(out: Path, every: str, run: Mapping[str, Any], resume: bool) -> Checkpoints:
     """The checkpoints of a run in `out`: those that are there if it is to `resume`, else none. Raises
     UserError naming what differs when they are another run's."""
+    return Checkpoints(open_folder(out, run, resume), every, run)
+
+
+def open_folder(out: Path, run: Mapping[str, Any], resume: bool) -> Path:
+    """Where a run in `out` keeps what it goes on from; emptied unless it is to `resume`. Raises UserError
+    as `open_run`."""
     folder = out / "checkpoint"
     if not hosts.first():
-        return Checkpoints(folder, every, run)
+        return folder
     if resume and saved_something(folder):
-        _check_same(_read(folder / "run.json"), run, folder)
+        check_same(_read(folder / "run.json"), run, folder)
     else:
         shutil.rmtree(folder, ignore_errors=True)
         if resume:
             say(f"{out} holds no interrupted run: beginning anew")
-    return Checkpoints(folder, every, run)
+    return folder
 
 
-def _check_same(found: Mapping[str, Any], run: Mapping[str, Any], where: Path | Remote) -> None:
+def check_same(found: Mapping[str, Any], run: Mapping[str, Any], where: Path | Remote) -> None:
+    """Raise UserError naming what differs between the run that was `found` and this one."""
     run = json.loads(json.dumps(run))
     differ = [
         f"{key}: {json.dumps(value)[:80]} there, {json.dumps(run.get(key))[:80]} here"
@@ -318,6 +337,28 @@ def _check_same(found: Mapping[str, Any], run: Mapping[str, Any], where: Path | 
         )
     if "versions" in found and found["versions"] != run["versions"]:
         say("resuming with other versions of the libraries: the result may differ in its last bits")
+
+
+@contextmanager
+def resumable(folder: Path, kept: Callable[[], str | None]) -> Iterator[None]:
+    """Around a run that keeps what is finished as it goes: SIGTERM and Ctrl-C say how to go on. `kept`: what
+    lies in `folder` by then, None for nothing."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        what = kept()
+        if what is None:
+            raise Interrupted("nothing was written") from None
+        raise Interrupted(
+            f"{what} so far can be found in {folder}: the same command with --resume goes on from there"
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 @contextmanager

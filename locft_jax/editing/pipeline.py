@@ -55,6 +55,7 @@ class Schedule:
     row_length: int
     hyper: Hyper
     pipeline: str = "breadth"  # | "depth"
+    eval_every: int = 1  # epochs, or mini-batches, between two looks at the state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +81,14 @@ def place_batch(batch: Batch, mesh: Mesh) -> Batch:
 
 def run_shape(corpus: Corpus, schedule: Schedule, mesh: Mesh) -> Shape:
     """The one shape that holds every batch of the run (they follow from the seed)."""
-    return fit_shape(corpus, list(_visits(corpus, schedule)), schedule.row_length, mesh.shape["data"])
+    batches = [corpus.examples_of(which) for which in _visits(corpus, schedule)]
+    return fit_shape(corpus, batches, schedule.row_length, mesh.shape["data"])
 
 
 def _visits(corpus: Corpus, schedule: Schedule) -> Iterator[np.ndarray]:
-    """The mini-batches as the run comes to them: those of every epoch (breadth-first), or each of them
+    """The mini-batches of edits as the run comes to them: those of every epoch (breadth-first), or each
     once, in the order of the data (depth-first)."""
-    count, size = len(corpus), schedule.batch_size
+    count, size = corpus.edits, schedule.batch_size
     if schedule.pipeline == "depth":
         yield from (np.arange(start, min(start + size, count)) for start in range(0, count, size))
         return
@@ -160,6 +162,10 @@ class Keeper(Protocol):
         """Save it; the state is donated to the next step when this returns."""
 
 
+# Given the state after some epochs (depth-first: mini-batches) and the records of every step before.
+Watch = Callable[[EditState, Sequence[StepRecord]], None]
+
+
 def run_pipeline(
     spec: ModelSpec,
     weights: Weights,
@@ -174,6 +180,7 @@ def run_pipeline(
     done: Sequence[StepRecord] = (),
     keeper: Keeper | None = None,
     preserve: Mapping[str, jax.Array] = {},  # noqa: B006 (never written to)
+    watch: Watch | None = None,
 ) -> Outcome:
     """The editing loop (method.md, Training). Breadth-first, LocFT-BF's: at most `epochs` shuffled passes
     in mini-batches; stops when an epoch's mean loss (by example, skipped batches included) falls below
@@ -183,7 +190,8 @@ def run_pipeline(
     `state` is consumed (donated). `shape` overrides `run_shape` (a larger one gives the same result);
     `base`: edits that the model already carries; `done`: the steps that led to `state`, in a run that
     goes on; `keeper` is given the state whenever it says that it is due;
-    `preserve`: matrices that every update is multiplied with (editing/preserve.py).
+    `preserve`: matrices that every update is multiplied with (editing/preserve.py); `watch` is given the
+    state after every `eval_every` epochs (depth-first: mini-batches).
     Raises NonFiniteLoss naming epoch, step and batch.
     """
     shape = shape or run_shape(corpus, schedule, mesh)
@@ -192,14 +200,14 @@ def run_pipeline(
     # Counts begin where a step leaves them: elsewhere, the second step would compile anew.
     state = jax.tree.map(lambda a: a if a.ndim else place(a, everywhere), state)
     depth = schedule.pipeline == "depth"
-    per_epoch = 1 if depth else -(-len(corpus) // schedule.batch_size)  # visits
+    per_epoch = 1 if depth else -(-corpus.edits // schedule.batch_size)  # visits
     floor = schedule.hyper.loss_floor
     first, made = _position(schedule, done)
     fresh = _fresh(state.optimizer)
 
     def prepare() -> Iterator[tuple[np.ndarray, Any, Batch]]:
         for which in itertools.islice(_visits(corpus, schedule), first, None):
-            batch = pack(corpus, which, shape, schedule.average)
+            batch = pack(corpus, corpus.examples_of(which), shape, schedule.average)
             assert batch is not None, "run_shape saw every batch"
             array, batch = source.feed(batch)
             array = place(array, source_sharding(mesh, array.shape))
@@ -222,7 +230,7 @@ def run_pipeline(
                 f"{', '.join(map(str, which[:8]))}{', ...' if len(which) > 8 else ''} (counted from 0); "
                 "a smaller lr, or weights and data without NaN or infinity, would be right"
             )
-        tokens = int(corpus.lengths[which].sum())
+        tokens = int(corpus.lengths[corpus.examples_of(which)].sum())
         record = StepRecord(epoch, len(records) + 1, value, value < floor, len(which), tokens)
         records.append(record)
         on_step(record)
@@ -235,18 +243,22 @@ def run_pipeline(
                     break
             if depth and not made:
                 state = EditState(state.theta, fresh())
-            for _ in range(made, schedule.epochs if depth else 1):
+            for n in range(made, schedule.epochs if depth else 1):
                 state, loss = train_step(
                     spec, source.layer, hyper, state, weights, base, array, batch, preserve
                 )
                 read()  # of the step before: the device is busy with this one
                 pending = visit // per_epoch, which, loss
                 due = keeper is not None and keeper.due(len(records) + 1)
-                if depth or due:  # depth-first, the loss says which step comes next
+                looks = watch is not None and (visit + 1) % (per_epoch * schedule.eval_every) == 0
+                if depth or due or looks:  # depth-first, the loss says which step comes next
                     read()
+                ends = depth and (records[-1].skipped or n + 1 == schedule.epochs)
+                if watch is not None and looks and ends == depth:
+                    watch(state, records)  # before it is saved: what is saved has been looked at
                 if keeper is not None and due:
                     keeper.save(state, records)
-                if depth and records[-1].skipped:
+                if ends:
                     break
             made = 0
     read()

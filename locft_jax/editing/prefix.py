@@ -8,6 +8,7 @@ nowhere (the layers below are then run again in every step).
 import dataclasses
 import functools
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +113,56 @@ def cached_source(
     if mode == "off":
         return token_source(corpus, mesh)
     values = empty_values(mode, (len(corpus.tokens), spec.d_model), activation_dtype(weights), folder)
-    length, rows = even_rows(corpus, row_length, most_rows, mesh.shape["data"])
-    for which in sequential_batches(corpus, rows, length):
-        batch = pack(corpus, which, dataclasses.replace(fit_shape(corpus, [which], length), rows=rows))
-        assert batch is not None, "sequential_batches keeps to the rows"
-        ids = place(corpus.tokens[batch.index], rows_sharding(mesh, rows))
+    for batch in _passes(corpus, mesh, row_length, most_rows):
+        ids = place(corpus.tokens[batch.index], rows_sharding(mesh, len(batch.index)))
         out = fetch(prefix_pass(spec, layer, weights, base, ids, batch.rows))
         used = batch.rows.segments > 0
         values[batch.index[used]] = out[used]
     return filled_source(values, layer, mode, mesh)
+
+
+def _passes(corpus: Corpus, mesh: Mesh, row_length: int, most_rows: int) -> Iterator[Batch]:
+    """Every example once, in packed batches of one shape."""
+    length, rows = even_rows(corpus, row_length, most_rows, mesh.shape["data"])
+    for which in sequential_batches(corpus, rows, length):
+        batch = pack(corpus, which, dataclasses.replace(fit_shape(corpus, [which], length), rows=rows))
+        assert batch is not None, "sequential_batches keeps to the rows"
+        yield batch
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def layer_pass(
+    spec: ModelSpec, weights: Weights, layer: jax.Array, source: jax.Array, index: jax.Array, rows: Rows
+) -> jax.Array:
+    """What enters `layer` (traced: one compilation serves all of them) -> what enters the next [B, T, D].
+    `source` as in `Source`: token ids or activations, looked up by `index` [B, T]."""
+    x = decoder.embed(spec, weights, {}, source[index]) if source.ndim == 1 else source[index]
+    w = decoder.take_layer(weights, layer)
+    return decoder.block(spec, w, x, rows, decoder.windows(spec)[layer])[0]
+
+
+def advance(
+    spec: ModelSpec,
+    weights: Weights,
+    corpus: Corpus,
+    source: Source,
+    mode: str,
+    mesh: Mesh,
+    row_length: int,
+    most_rows: int = 32,
+) -> Source:
+    """The cache one layer higher, by one block for every example instead of all those below it. `source`
+    is used up where it lies on the host or on disk (its array is written over)."""
+    values = source.values
+    if isinstance(values, jax.Array) or values.ndim == 1:
+        values = empty_values(mode, (len(corpus.tokens), spec.d_model), activation_dtype(weights))
+    layer = place(np.int32(source.layer), replicated(mesh))
+    for batch in _passes(corpus, mesh, row_length, most_rows):
+        array, fed = source.feed(batch)
+        shardings = jax.tree.map(lambda a: rows_sharding(mesh, len(a)), (fed.index, fed.rows))
+        index, rows = jax.tree.map(place, (fed.index, fed.rows), shardings)
+        array = place(array, source_sharding(mesh, array.shape))
+        out = layer_pass(spec, weights, layer, array, index, rows)
+        used = batch.rows.segments > 0
+        values[batch.index[used]] = fetch(out)[used]
+    return filled_source(values, source.layer + 1, mode, mesh)

@@ -15,9 +15,10 @@ from locft_jax import hosts
 from locft_jax.config import Config, resolve_layers
 from locft_jax.data.requests import EditRequest
 from locft_jax.data.tokens import Corpus, encode_pairs
+from locft_jax.editing.augment import prefix_texts, training_prompts
 from locft_jax.editing.checkpoint import Checkpoints
 from locft_jax.editing.pipeline import Outcome, Schedule, StepRecord, run_pipeline
-from locft_jax.editing.prefix import cached_source, choose_mode
+from locft_jax.editing.prefix import Source, cached_source, choose_mode
 from locft_jax.editing.preserve import make_preserve
 from locft_jax.editing.site import find_site, first_layer, materialize, parameters, read_site
 from locft_jax.editing.step import Hyper, init_state
@@ -57,28 +58,38 @@ def schedule_of(config: Config) -> Schedule:
         row_length=config.row_length,
         hyper=Hyper(config.lr, config.weight_decay, config.loss_floor, config.norm_constraint),
         pipeline=config.pipeline,
+        eval_every=config.eval_every or 1,
     )
 
 
 def encode_requests(
-    model_tokenizer: object, requests: Sequence[EditRequest], config: Config, spec: ModelSpec
+    model_tokenizer: object,
+    requests: Sequence[EditRequest],
+    config: Config,
+    spec: ModelSpec,
+    prefixes: Sequence[str] | None = None,
 ) -> Corpus:
-    """Training texts of the requests, EOS included (method.md, An edit). For `ft-l` only the last
-    token of a target is trained; EOS, which says nothing of the fact, is left out. Raises UserError when
-    the tokenizer has no EOS to append, or as `encode_pairs` does."""
+    """Training texts of the requests, EOS included (method.md, An edit), and those that the config's
+    `augment_...` keys add; `prefixes`: random texts (default: as `prefix_texts` has them without the model).
+    For `ft-l` only the last token of a target is trained; EOS, which says nothing of the fact, is left out.
+    Raises UserError when the tokenizer has no EOS to append, or as `encode_pairs` and `prefix_texts` do."""
     eos = getattr(model_tokenizer, "eos_token_id", None)
     append = config.append_eos and config.method != "ft-l"
     if append and eos is None:
         raise UserError("append_eos: this model's tokenizer has no EOS token; use append_eos=false")
+    prompts = training_prompts(requests, config, prefix_texts(config) if prefixes is None else prefixes)
+    counts = [len(own) for own in prompts]
     corpus = encode_pairs(
         model_tokenizer,
-        [r.prompt for r in requests],
-        [r.target_new for r in requests],
+        [prompt for own in prompts for prompt in own],
+        [r.target_new for r, count in zip(requests, counts, strict=True) for _ in range(count)],
         eos=eos if append else None,
         chat_template=config.chat_template,
         max_length=spec.max_position,
         vocab_size=spec.vocab_size,
     )
+    if max(counts, default=1) > 1:
+        corpus = dataclasses.replace(corpus, edit=np.repeat(np.arange(len(counts)), counts))
     last = corpus.lengths - 1
     return dataclasses.replace(corpus, target_start=last) if config.method == "ft-l" else corpus
 
@@ -107,20 +118,20 @@ def run_edit(
     start: Mapping[str, np.ndarray] | None = None,
     checkpoints: Checkpoints | None = None,
     retained: Sequence[str] | None = None,
+    source: Source | None = None,
+    watch: Callable[[dict[str, np.ndarray], Sequence[StepRecord]], None] | None = None,
 ) -> Edited:
     """LocFT-BF on one model: the given model is not changed. `start`: values that the site's tensors
     begin with (HF names; default: the model's own). With `checkpoints` the run goes on from the newest
     one and leaves others; `on_step` is told of the steps made before too. `retained`: texts for the config's
-    `preserve` (None: the model's own).
+    `preserve` (None: the model's own). `source`: the corpus as it enters the site's lowest layer, from a
+    caller who edits at many sites (default: made here). `watch` is given the site's tensors, as they would
+    be exported, after every `eval_every` epochs (depth-first: mini-batches).
 
     Raises NonFiniteLoss, and Interrupted when a signal asked to stop.
     """
     begin = time.monotonic()
     layer = first_layer(model.spec, site)
-    size = len(corpus.tokens) * model.spec.d_model * np.dtype(model.dtype).itemsize
-    device, host = hosts.least(*memory_budgets(config.memory_budget))
-    split = width_split(model.mesh, model.spec.d_model)
-    mode = choose_mode(config.prefix_cache, layer, size, device, host, split)
     base, originals = model.edits, model.originals(site)
     given: dict[str, Any] = {**originals, **base, **(start or {})}
     state = init_state(read_site(model.spec, model.weights, site, model.mesh, given))
@@ -133,10 +144,14 @@ def run_edit(
         checkpoints.start()
         for record in done:
             on_step(record)
-    source = cached_source(
-        model.spec, model.weights, corpus, layer, mode, model.mesh, config.row_length, base=base
-    )
+    if source is None:
+        mode = cache_mode(model, corpus, layer, config)
+        source = cached_source(
+            model.spec, model.weights, corpus, layer, mode, model.mesh, config.row_length, base=base
+        )
     preserve = make_preserve(model, site, config, retained)
+    exported = lambda theta: to_checkpoint_dtype(model.checkpoint, materialize(theta, base))  # noqa: E731
+    look = lambda state, records: watch(exported(state.theta), records) if watch else None  # noqa: E731
     outcome = run_pipeline(
         model.spec,
         model.weights,
@@ -150,12 +165,23 @@ def run_edit(
         done=done,
         keeper=checkpoints,
         preserve=preserve,
+        watch=look if watch else None,
     )
-    tensors = to_checkpoint_dtype(model.checkpoint, materialize(outcome.state.theta, base))
+    tensors = exported(outcome.state.theta)
     seconds = time.monotonic() - begin
     if checkpoints is not None:
         seconds = checkpoints.finish(outcome.state, outcome.records)
-    return Edited(tensors, outcome, parameters(outcome.state.theta), mode, corpus.boundary_merges, seconds)
+    return Edited(
+        tensors, outcome, parameters(outcome.state.theta), source.mode, corpus.boundary_merges, seconds
+    )
+
+
+def cache_mode(model: Model, corpus: Corpus, layer: int, config: Config) -> str:
+    """Where the activations that enter `layer` are kept, as `choose_mode` says."""
+    size = len(corpus.tokens) * model.spec.d_model * np.dtype(model.dtype).itemsize
+    device, host = hosts.least(*memory_budgets(config.memory_budget))
+    split = width_split(model.mesh, model.spec.d_model)
+    return choose_mode(config.prefix_cache, layer, size, device, host, split)
 
 
 def last_delta(folder: str | Path, checkpoint: Checkpoint, site: Sequence[str]) -> Delta:

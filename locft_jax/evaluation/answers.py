@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from locft_jax.data.tokens import (
     Batch,
@@ -25,7 +26,7 @@ from locft_jax.data.tokens import (
     sequential_batches,
 )
 from locft_jax.editing.pipeline import place_batch
-from locft_jax.editing.prefix import Source, empty_values, filled_source, token_source
+from locft_jax.editing.prefix import Source, advance, empty_values, filled_source, token_source
 from locft_jax.editing.step import target_logits
 from locft_jax.evaluation.generate import MOST, Pool, Reader, read_batch
 from locft_jax.model import decoder
@@ -96,6 +97,13 @@ class ProbeCache:
         self.source: Source | None = None
         self.numbers: dict[bytes, int] = {}  # text -> example
 
+    def advance(self, reader: Reader) -> None:
+        """One layer higher, through the reader's own weights (editing/prefix.py). Passes that read texts anew
+        go on from the tokens."""
+        assert self.corpus is not None and self.source is not None
+        corpus, source, r = self.corpus, self.source, reader
+        self.source = advance(r.spec, r.weights, corpus, source, self.mode, r.mesh, r.row_length, ROWS)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Questions:
@@ -107,6 +115,12 @@ class _Questions:
     proved: list[bool | None]  # by the first pass that read it, None before
     new_tokens: int
     stop: np.ndarray
+
+    def equal(self) -> list[int]:
+        """For each question the first one that is the same."""
+        first: dict[tuple[int, ...], int] = {}
+        pairs = enumerate(zip(self.prompts, self.answers, strict=True))
+        return [first.setdefault((len(p), *p, *a), i) for i, (p, a) in pairs]
 
     def open(self, which: Sequence[int]) -> list[int]:
         """Those of `which` whose answer is not complete."""
@@ -133,6 +147,38 @@ class _Questions:
             self.proved[i] = self.done(i)
 
 
+def _questions(
+    prompts: Sequence[Sequence[int]],
+    guesses: Sequence[Sequence[int]],
+    new_tokens: int,
+    stop: np.ndarray,
+    known: Sequence[Sequence[int]] | None = None,
+) -> _Questions:
+    """Questions as a first pass finds them; arguments as in `answer`."""
+    answers = [list(a) for a in known] if known is not None else [[] for _ in prompts]
+    room = [max(0, new_tokens - len(a)) for a in answers]
+    drafts = [_until_stop(g, stop)[:r] for g, r in zip(guesses, room, strict=True)]
+    return _Questions(prompts, answers, drafts, [None] * len(prompts), new_tokens, stop)
+
+
+def begin_cache(
+    prompts: Sequence[Sequence[int]],
+    guesses: Sequence[Sequence[int]],
+    new_tokens: int,
+    stop: np.ndarray,
+    mesh: Mesh,
+    mode: str,
+) -> ProbeCache:
+    """A cache of what `answer` with these arguments reads first, at layer 0: its tokens. `ProbeCache.advance`
+    carries it upward."""
+    asked = _questions(prompts, guesses, new_tokens, stop)
+    cache = ProbeCache(0, mode)
+    cache.corpus = asked.texts(asked.open(sorted(set(asked.equal()))))
+    cache.numbers = {key: n for n, key in enumerate(_keys(cache.corpus))}
+    cache.source = token_source(cache.corpus, mesh)
+    return cache
+
+
 def answer(
     reader: Reader,
     prompts: Sequence[Sequence[int]],
@@ -146,14 +192,8 @@ def answer(
     """Greedy answers (token ids, the stop token included) to `prompts`, and how many of them one pass
     over `guesses` proved. `stop` [V] bool; `known`: how each answer is already known to begin (its
     guess says how it goes on). `guesses` and `kept` decide how fast that is, never what is answered."""
-    answers = [list(a) for a in known] if known is not None else [[] for _ in prompts]
-    room = [max(0, new_tokens - len(a)) for a in answers]
-    drafts = [_until_stop(g, stop)[:r] for g, r in zip(guesses, room, strict=True)]
-    asked = _Questions(prompts, answers, drafts, [None] * len(prompts), new_tokens, stop)
-    first: dict[tuple[int, ...], int] = {}
-    same = [
-        first.setdefault((len(p), *p, *a), i) for i, (p, a) in enumerate(zip(prompts, answers, strict=True))
-    ]
+    asked = _questions(prompts, guesses, new_tokens, stop, known)
+    answers, same = asked.answers, asked.equal()
     times = np.bincount(same, minlength=len(prompts))  # equal questions are asked once
 
     def report(which: Sequence[int]) -> list[int]:
@@ -162,7 +202,7 @@ def answer(
         on_done(int(times[list(which)].sum() - times[left].sum()))
         return left
 
-    todo = report(list(first.values()))
+    todo = report(sorted(set(same)))
     if kept is not None and kept.source is not None and kept.corpus is not None:
         numbers = [kept.numbers.get(key) for key in _keys(asked.texts(todo))]
         met = {n: i for n, i in zip(numbers, todo, strict=True) if n is not None}

@@ -31,12 +31,15 @@ class Probe:
     batch: int = 0  # of the request it belongs to
 
 
-def make_probes(requests: Sequence[EditRequest], sample: int | None = None, seed: int = 0) -> list[Probe]:
-    """Every probe of the requests; `sample` keeps a seeded random choice of that many of each kind."""
+def make_probes(
+    requests: Sequence[EditRequest], sample: int | None = None, seed: int = 0, trained: int = 0
+) -> list[Probe]:
+    """Every probe of the requests but the first `trained` rephrases of each, which the edit shows to the
+    model; `sample` keeps a seeded random choice of that many of each kind."""
     probes: list[Probe] = []
     for r in requests:
         probes.append(Probe(r.case, "reliability", r.prompt, r.target_new, r.batch))
-        probes += [Probe(r.case, "generalization", p, r.target_new, r.batch) for p in r.rephrases]
+        probes += [Probe(r.case, "generalization", p, r.target_new, r.batch) for p in r.rephrases[trained:]]
         probes += [Probe(r.case, "locality", p, a, r.batch) for p, a in r.locality]
         probes += [Probe(r.case, "portability", p, a, r.batch) for p, a in r.portability]
     if sample is None:

@@ -13,7 +13,7 @@ from locft_jax.data.tokens import check_prompts, encode_pairs, prompt_ids
 from locft_jax.editing.prefix import choose_mode
 from locft_jax.editing.run import memory_budgets
 from locft_jax.errors import UserError
-from locft_jax.evaluation.answers import ProbeCache, answer, score_corpus
+from locft_jax.evaluation.answers import ProbeCache, answer, begin_cache, score_corpus
 from locft_jax.evaluation.generate import Reader
 from locft_jax.evaluation.metrics import (
     KINDS,
@@ -147,15 +147,33 @@ def ask(
 def probe_cache(model: Model, asked: Asked, layer: int, config: Config, beside: int) -> ProbeCache | None:
     """Room for what the passes before and after an edit at `layer` share, where the budget has it beside
     the edit's own cache over `beside` tokens; None where it has not, or where nothing is below."""
+    mode = _cache_mode(model, asked, layer, config, beside)
+    return ProbeCache(layer, mode) if mode != "off" else None
+
+
+def _cache_mode(model: Model, asked: Asked, layer: int, config: Config, beside: int) -> str:
     texts = sum(len(p) + len(g) + 1 for p, g in zip(asked.prompts, asked.guesses, strict=True))
     size = (texts + beside) * model.spec.d_model * np.dtype(model.dtype).itemsize
     try:
-        budgets = hosts.least(*memory_budgets(config.memory_budget))
+        device, host = hosts.least(*memory_budgets(config.memory_budget))
         split = width_split(model.mesh, model.spec.d_model)
-        mode = choose_mode(config.prefix_cache, layer, size, budgets[0], budgets[1], split)
+        return choose_mode(config.prefix_cache, layer, size, device, host, split)
     except UserError:  # the mode that was asked for holds the edit's own at most
+        return "off"
+
+
+def rising_cache(
+    model: Model, asked: Asked, guesses: Sequence[Sequence[int]], config: Config, beside: int
+) -> ProbeCache | None:
+    """What `ask` with these guesses reads first, at layer 0, to be carried upward with `advance` for edits
+    at one layer after another; None where the budget has no room for it."""
+    mode = _cache_mode(model, asked, 1, config, beside)
+    if mode == "off":
         return None
-    return ProbeCache(layer, mode) if mode != "off" else None
+    free = [i for i in range(len(asked.probes)) if i not in asked.choices]
+    official, _ = stop_tables(model.tokenizer, model.spec.vocab_size, model.eos)
+    prompts, drafts = [asked.prompts[i] for i in free], [guesses[i] for i in free]
+    return begin_cache(prompts, drafts, NEW_TOKENS, official, model.mesh, mode)
 
 
 def differing_share(

@@ -141,6 +141,17 @@ def last_block(
     return mlp(spec, w, x.reshape(-1, spec.d_model)[targets.at] + linear(attended, w["o"])), (k, v)
 
 
+def stacks(weights: Weights) -> Weights:
+    """The weights that belong to layers."""
+    return {k: a for k, a in weights.items() if k not in ("embed", "norm", "head")}
+
+
+def take_layer(weights: Weights, layer: jax.Array) -> dict[str, jax.Array]:
+    """One layer's weights; `layer` may be traced."""
+    own = lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False)  # noqa: E731
+    return jax.tree.map(own, stacks(weights))
+
+
 def fold_layers(
     spec: ModelSpec, weights: Weights, edits: Edits, body: Body, carry: Any, start: int, stop: int
 ) -> Any:
@@ -149,9 +160,8 @@ def fold_layers(
     Runs of unedited layers are one scan over layer *indices* (slices of the stack would copy it);
     a layer with edits stands by itself, its edited matrices in place of the frozen ones.
     """
-    stacked = {k: a for k, a in weights.items() if k not in ("embed", "norm", "head")}
+    stacked = stacks(weights)
     edited, dtype = split_edits(spec, edits)[1], activation_dtype(weights)
-    frozen = lambda l: jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, l, keepdims=False), stacked)  # noqa: E731
     cuts = sorted({start, stop, *(l for e in edited if start <= e < stop for l in (e, e + 1))})
     for first, end in zip(cuts, cuts[1:], strict=False):
         if end - first == 1:
@@ -162,7 +172,7 @@ def fold_layers(
             # The backward pass slices the weights again: kept from the forward pass, the slices of
             # all layers would be a second copy of the stack. Products are kept, none is computed twice.
             step = jax.checkpoint(
-                lambda c, l: body(frozen(l), l, c),
+                lambda c, l: body(take_layer(weights, l), l, c),
                 policy=jax.checkpoint_policies.dots_saveable,
                 prevent_cse=False,
             )

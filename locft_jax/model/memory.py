@@ -53,7 +53,7 @@ class Need:
 
 def step_of(corpus: Corpus, batch_size: int, row_length: int, first: int) -> Step:
     """A batch of mean examples, a tenth of its slots empty (packing fills more)."""
-    examples = min(batch_size, len(corpus))
+    examples = round(min(batch_size, corpus.edits) * len(corpus) / corpus.edits)
     length = max(row_length, int(corpus.lengths.max()))
     rows = math.ceil(1.1 * examples * float(corpus.lengths.mean()) / length)
     targets = math.ceil(examples * float(corpus.target_lengths.mean()))

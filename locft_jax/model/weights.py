@@ -5,6 +5,7 @@ exported tensor is byte for byte what was loaded. Rows of the layers are stacked
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -128,6 +129,21 @@ def take_tensor(spec: ModelSpec, weights: Weights, name: str) -> Any:
     """One HF tensor out of the (stacked) weights: a jax.Array, or a Quantized."""
     row, layer = locate_tensor(spec, name)
     return weights[row.key] if layer is None else jax.tree.map(lambda a: a[layer], weights[row.key])
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put_layer(stack: jax.Array, layer: jax.Array, value: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, value.astype(stack.dtype), layer, 0)
+
+
+def put_tensors(spec: ModelSpec, weights: Weights, tensors: Edits) -> Weights:
+    """The weights with `tensors` (of layers) in their stacks, in place: the stacks given are used up. What
+    runs on the result is compiled without edits, once for whatever was put there."""
+    weights = dict(weights)
+    for name, value in tensors.items():
+        row, layer = locate_tensor(spec, name)
+        weights[row.key] = _put_layer(weights[row.key], jnp.int32(layer), value)
+    return weights
 
 
 def unstacked_keys(spec: ModelSpec) -> tuple[str, ...]:

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from locft_jax.data.tokens import Rows, Shape, corpus_from_lists, pack
-from locft_jax.editing.prefix import Source, cached_source, choose_mode, prefix_pass, token_source
+from locft_jax.editing.prefix import (
+    Source,
+    advance,
+    cached_source,
+    choose_mode,
+    layer_pass,
+    prefix_pass,
+    token_source,
+)
 from locft_jax.errors import UserError
 from locft_jax.model import decoder
 from locft_jax.model.sharding import make_mesh
@@ -122,6 +130,27 @@ def test_edits_below_the_layer_are_in_the_cache(weights, direct):
     expected = cached_source(SPEC, written, CORPUS, LAYER, "host", mesh_of(1), 16, 4)
     np.testing.assert_allclose(source.values, expected.values, rtol=1e-4, atol=1e-5)
     assert not np.allclose(source.values[READ], direct[READ], atol=1e-2)
+
+
+@pytest.mark.parametrize("mode", ["device", "host", "disk"])
+def test_carried_upward_the_cache_is_what_enters_each_layer(mode, weights, direct):
+    source, before = token_source(CORPUS, mesh_of(1)), layer_pass._cache_size()
+    for layer in (1, 2, 3):
+        source = advance(SPEC, weights, CORPUS, source, mode, mesh_of(1), 16, 4)
+        assert (source.layer, source.mode) == (layer, mode)
+        assert isinstance(source.values, jax.Array) == (mode == "device")
+        if layer == LAYER:
+            np.testing.assert_allclose(np.asarray(source.values)[READ], direct[READ], rtol=1e-4, atol=1e-5)
+    assert layer_pass._cache_size() - before <= 2  # one from tokens, one for all layers above
+    assert not np.allclose(np.asarray(source.values)[READ], direct[READ], atol=1e-2)
+
+
+def test_carried_upward_on_eight_devices(weights, direct):
+    weights = jax.device_put(weights, jax.NamedSharding(mesh_of(8), jax.P()))
+    source = token_source(CORPUS, mesh_of(8))
+    for _ in range(LAYER):
+        source = advance(SPEC, weights, CORPUS, source, "device", mesh_of(8), 16, 4)
+    np.testing.assert_allclose(np.asarray(source.values)[READ], direct[READ], rtol=1e-4, atol=1e-5)
 
 
 def test_off_is_the_tokens_themselves(weights):

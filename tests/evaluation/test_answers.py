@@ -10,7 +10,7 @@ from locft_jax import load_model
 from locft_jax.data.tokens import corpus_from_lists
 from locft_jax.evaluation import answers as answers_module
 from locft_jax.evaluation import generate
-from locft_jax.evaluation.answers import ProbeCache, answer, score_corpus
+from locft_jax.evaluation.answers import ProbeCache, answer, begin_cache, score_corpus
 from locft_jax.evaluation.generate import Reader
 from locft_jax.model import decoder
 from locft_jax.model.weights import take_tensor
@@ -192,6 +192,27 @@ def test_passes_before_and_after_an_edit_share_what_is_below_it(
     # Texts that were not read before are read from their tokens.
     assert ask(after, prompts, expected, stop, kept=cache) == (expected, 16)
     assert len(read) == 1
+
+
+@pytest.mark.parametrize("mode", ["device", "host"])
+def test_a_cache_of_guesses_is_carried_upward(model, prompts, truth, stop, mode, monkeypatch):
+    model = dataclasses.replace(model, edits={})  # the cache is of a model's own weights
+    guesses, _ = ask(model, prompts, [[]] * 16, stop)
+    cache = begin_cache(prompts, guesses, NEW, stop, model.mesh, mode)
+    read = count_texts(monkeypatch, "read_batch")
+    for layer in range(3):
+        assert cache.source.layer == layer
+        assert ask(model, prompts, guesses, stop, kept=cache) == (guesses, 16)
+        if layer < 2:
+            cache.advance(Reader(model.spec, model.weights, {}, model.mesh, 128))
+    assert not read  # right guesses are all proved from the cache
+    name = "model.layers.2.mlp.down_proj.weight"
+    value = 0.3 * np.random.default_rng(8).standard_normal((32, 64), np.float32)
+    after = model.with_edits({name: value})
+    expected, _ = ask(after, prompts, [[]] * 16, stop)
+    read.clear()
+    assert expected != guesses and ask(after, prompts, guesses, stop, kept=cache)[0] == expected
+    assert len(read) > 0  # for the misses
 
 
 def test_no_prompts(model, stop):
