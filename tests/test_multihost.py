@@ -5,6 +5,7 @@ its supervisor and for itself), so one pair runs several commands.
 """
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from locft_jax.commands import run_command
 from locft_jax.edit import main as edit
 from locft_jax.errors import UserError
 from locft_jax.evaluate import main as evaluate
+from locft_jax.locating.rule import FIGURES
 from locft_jax.model.delta import BASE
 from locft_jax.model.spec import parse_spec
 from locft_jax.model.weights import weight_table
@@ -83,7 +85,8 @@ def load_weights(*arguments, **more):
     return weights
 
 hf.load_weights = load_weights
-modules = {name: importlib.import_module("locft_jax." + name) for name in ("edit", "evaluate")}
+names = ("edit", "evaluate", "locate", "sweep")
+modules = {name: importlib.import_module("locft_jax." + name) for name in names}
 
 def main(argv):
     parser = argparse.ArgumentParser()
@@ -197,10 +200,17 @@ def reference(edit_arguments, folder):
     return run
 
 
+def compared(edit_arguments, out, name, folder, mesh=MESHES["data"]):
+    """Arguments of `locate` and of `sweep` for two edits each."""
+    options = {"locate": ["--modules", "down", "--layers", "1", "2"], "sweep": [str(folder / "rates.yaml")]}
+    return [*options[name], *edit_arguments(out, num_steps=3, mesh=mesh)]
+
+
 @pytest.fixture(scope="module")
 def pair(edit_arguments, folder, tiny_model_dir, edits_file):
-    """Two processes that ran three commands: an edit on either mesh, and an evaluation of what the first of
-    them left."""
+    """Two processes that ran five commands: an edit on either mesh, an evaluation of what the first of them
+    left, a search for the site and a sweep."""
+    (folder / "rates.yaml").write_text("grid:\n  lr: [0.001, 0.01]\n")
     jobs = []
     for i in range(2):
         out = folder / f"process-{i}"
@@ -208,7 +218,8 @@ def pair(edit_arguments, folder, tiny_model_dir, edits_file):
         delta = str(folder / "process-0" / "data" / "delta.safetensors")
         measure = ["--model", str(tiny_model_dir), "--delta", delta, "--data", str(edits_file)]
         measure += ["--out", str(out) + ".json", "--set", "weights=int8", f"mesh={MESHES['model']}"]
-        jobs.append([["edit", arguments] for arguments in edits] + [["evaluate", measure]])
+        compare = {name: compared(edit_arguments, out / name, name, folder) for name in ("locate", "sweep")}
+        jobs.append([["edit", arguments] for arguments in edits] + [["evaluate", measure], *compare.items()])
     run = Pair(folder, jobs)
     assert run.wait() == [0, 0], [run.said(i) for i in range(2)]
     return run
@@ -239,7 +250,7 @@ def test_every_export_is_written_once_and_whole(pair, folder, tiny_model_dir, ax
 
 def test_the_first_process_alone_writes_and_prints(pair, folder):
     assert not (folder / "process-1").exists() and not (folder / "process-1.json").exists()
-    assert pair.said(0)[0].count("written to ") == 2
+    assert pair.said(0)[0].count("written to ") == 4
     lines = "".join(pair.said(1)).splitlines()
     # XLA itself says who is connected (threads may share a line), and warns (W1125 12:46:54 ...).
     ours = [line for line in lines if line and not re.search(r"^W\d{4} |connected to|^\[Gloo\]", line)]
@@ -256,6 +267,21 @@ def test_an_evaluation_in_int8_in_two_processes(pair, folder, tiny_model_dir, ed
     assert [found[k] for k in ("figures", "predictions")] == [expected[k] for k in ("figures", "predictions")]
 
 
+@pytest.mark.parametrize(("name", "lines"), [("locate", "sites"), ("sweep", "runs")])
+def test_two_processes_compare_as_one_does(pair, folder, edit_arguments, name, lines):
+    command, found = importlib.import_module(f"locft_jax.{name}"), {}
+    one = folder / f"one-{name}"
+    alone = compared(edit_arguments, one, name, folder, "{data: 1, model: 1}")
+    assert run_command(command.main, alone) == 0
+    for out in (one, folder / "process-0" / name):
+        own = json.loads(next(out.glob("s*.json")).read_text())[lines]
+        assert not (out / "checkpoint").exists()
+        found[out] = [
+            {key: line[key] for key in ("steps", "before", *FIGURES) if key in line} for line in own
+        ]
+    assert len(found[one]) == 2 and found[one] == found[folder / "process-0" / name]
+
+
 def test_each_process_loads_what_its_own_devices_hold(pair, folder, tiny_model_dir):
     spec = parse_spec(json.loads((tiny_model_dir / "config.json").read_text()))
     sizes = {k: 4 * math.prod(row.shape) * max(1, row.layers) for k, row in weight_table(spec).items()}
@@ -263,7 +289,7 @@ def test_each_process_loads_what_its_own_devices_hold(pair, folder, tiny_model_d
         sizes[k] for k in ("embed", "head", "k", "v", "gate", "up", "down")
     )  # split 8 ways, 4 of them here
     for i in range(2):
-        _, model, _ = map(int, (folder / f"loaded-{i}").read_text().split())
+        _, model, *_ = map(int, (folder / f"loaded-{i}").read_text().split())
         assert model == halves // 2 + sum(sizes.values()) - halves
 
 
