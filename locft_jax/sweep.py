@@ -32,13 +32,12 @@ from locft_jax.evaluation.metrics import make_probes
 from locft_jax.evaluation.report import plain
 from locft_jax.evaluation.run import check_probes
 from locft_jax.files import append_jsonl, whole_folder
-from locft_jax.locating.rule import FIGURES
 from locft_jax.locating.table import told
 from locft_jax.model.hf import Checkpoint, Model, load_opened, load_tokenizer, open_checkpoint
 from locft_jax.model.sharding import make_mesh
 from locft_jax.progress import say
 from locft_jax.sweeping.grid import Run, read_sweep
-from locft_jax.sweeping.table import Line, open_lines, print_table, write_results
+from locft_jax.sweeping.table import RATES, Line, open_lines, print_table, write_results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,11 +163,11 @@ def measure(model: Model, job: Job) -> Line:
     try:
         report = api.edit(model, job.data, config, job.capability, show=True).report
     except NonFiniteLoss as e:
-        nothing = dict.fromkeys((*FIGURES, "steps", "epochs", "loss", "edit_seconds"))
+        nothing = dict.fromkeys((*RATES, "steps", "epochs", "loss", "edit_seconds"))
         return {**line, **nothing, "before": {}, "stopped": str(e), "dynamics": [], "seconds": None}
     return {
         **line,
-        **{key: report["after"][key] for key in FIGURES},
+        **{key: report["after"][key] for key in RATES},
         "before": report["before"],
         "steps": report["steps_run"],
         "epochs": report["epochs_run"],
