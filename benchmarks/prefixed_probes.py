@@ -52,12 +52,14 @@ def main() -> None:
 def one_run(model: Any, skills: Any, edits: int, count: int, seed: int, small: bool) -> dict[str, float]:
     """Figures 0-1 of one edit of the demo model; `prefixed`: of the edits' prompts after an unseen text."""
     config = Config(layer=6, lr=2e-3, batch_size=200, num_steps=2 if small else 200, seed=seed,
-                    augment_prefixes=count, eval_sample=5 if small else None)  # fmt: skip
+                    augment_prefixes=count)  # fmt: skip
     seen = set(written_prefixes(model, config))
     other = dataclasses.replace(config, augment_prefixes=5, seed=1000 + seed)
     texts = [text for text in written_prefixes(model, other) if text not in seen]
     requests = make_edits(make_world(), edits, seed)
     for i, request in enumerate(requests):
+        if small:
+            del request["locality_probes"][2:]
         request["rephrase_prompts"].insert(0, f"{texts[i % len(texts)]} {request['prompt']}")
     result = edit(model, requests, config, skills)
     asked = [line for line in result.predictions if line["probe"] == "generalization"]
