@@ -84,7 +84,8 @@ class Table:
 def open_table(out: Path, run: Mapping[str, Any], resume: bool) -> Table:
     """The table of a run in `out`: its lines so far if it is to `resume`, else none. Raises UserError naming
     what differs when they are another run's."""
-    folder, lines = open_folder(out, run, resume), list[Line]()
+    folder = open_folder(out, run, resume)
+    lines: Sequence[Line] = []
     if hosts.first():
         folder.mkdir(parents=True, exist_ok=True)
         lines = kept_jsonl(folder / "sites.jsonl")
