@@ -25,8 +25,7 @@ DEMO_CONFIG = DEMO_FOLDER / "demo.yaml"
 NOT_YET: dict[str, tuple[Any, ...]] = {
     "weights": ("checkpoint", "float32", "bfloat16"),
     "eval_every": (None,),
-    "preserve": ("none", "soft", "null"),
-    "preserve_kl": (None,),
+    "preserve": ("none", "soft", "null", "kfac"),
 }
 
 # Keys accepted for the sake of existing files: a run prints the note and does nothing else.
@@ -72,10 +71,10 @@ class Config:
     capability_data: tuple[str, ...] = ()  # files
     checkpoint_every: str = "10m"  # minutes (10m), or steps (200)
     export: tuple[str, ...] = ("hf", "delta", "orbax")
-    preserve: str = "none"  # or soft, null: updates avoid inputs that other texts have
-    preserve_strength: float | None = None  # soft: > 0; null: a share of the trace, in (0, 1)
+    preserve: str = "none"  # or soft, null, kfac: updates avoid inputs that other texts have
+    preserve_strength: float | None = None  # soft, kfac: > 0; null: a share of the trace, in (0, 1)
     preserve_data: str | None = None  # model (the default), templates, or a file of texts
-    preserve_kl: float | None = None
+    preserve_kl: float | None = None  # weight of KL(base || edited) on the retained texts; 0 = off
     augment_prefixes: int = 0  # times that an edit is also trained after a random text
     augment_data: str | None = None  # file of such texts; None: the model writes them
     augment_rephrases: int = 0  # given rephrases that are trained too, and then not asked

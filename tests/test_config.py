@@ -245,8 +245,7 @@ def test_source_is_not_a_key():
     ("setting", "supported"),
     [
         ("weights=int8", "checkpoint, float32, bfloat16"),
-        ("preserve=kfac", "none, soft, null"),
-        ("preserve_kl=much", "null"),
+        ("preserve=hard", "none, soft, null, kfac"),
         ("eval_every=2", "null"),
     ],
 )

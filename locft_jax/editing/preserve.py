@@ -34,6 +34,7 @@ from locft_jax.data.tokens import (
     sequential_batches,
 )
 from locft_jax.editing.site import materialize
+from locft_jax.editing.step import Sides
 from locft_jax.errors import UserError
 from locft_jax.model import decoder
 from locft_jax.model.hf import Model
@@ -50,10 +51,15 @@ INPUTS = {"q": "attn", "k": "attn", "v": "attn", "o": "o", "gate": "mlp", "up": 
 Moments = dict[str, jax.Array]  # HF tensor name -> C [in, in] float32
 
 
-def strength_of(config: Config) -> float:
-    """The config's strength, or the method's default."""
+def preserves(config: Config) -> bool:
+    """Whether anything of other texts is to be retained."""
+    return config.preserve != "none" or bool(config.preserve_kl)
+
+
+def strength_of(config: Config) -> float | None:
+    """The config's strength, or the method's default; None without a method."""
     given = config.preserve_strength
-    return DEFAULT_STRENGTH[config.preserve] if given is None else given
+    return given if given is not None else DEFAULT_STRENGTH.get(config.preserve)
 
 
 def source_of(config: Config) -> str:
@@ -62,14 +68,16 @@ def source_of(config: Config) -> str:
 
 
 def told(config: Config) -> dict[str, Any] | None:
-    """Method, strength, lambda's rule and source, for reports and deltas; None when off."""
-    if config.preserve == "none":
+    """Method, strength, lambda's rule, the divergence's weight and source, for reports and deltas; None when
+    off."""
+    if not preserves(config):
         return None
-    rule = {"soft": "trace(C) / n / strength", "null": None}[config.preserve]
+    rule = {"soft": "trace(C) / n / strength"}.get(config.preserve)
     return {
         "method": config.preserve,
-        "strength": strength_of(config),
+        "strength": strength_of(config) if config.preserve != "none" else None,
         "lambda": rule,
+        "kl": config.preserve_kl or None,
         "source": source_of(config),
     }
 
@@ -103,7 +111,7 @@ def retained_texts(config: Config, requests: Sequence[EditRequest]) -> list[str]
     set) with `text` or `prompt`. Raises UserError for a file that holds none, and for templates without
     subjects."""
     source = source_of(config)
-    if config.preserve == "none" or source == "model":
+    if not preserves(config) or source == "model":
         return None
     if source == "templates":
         return template_texts(requests, config.seed)
@@ -302,28 +310,36 @@ def input_matrix(moment: np.ndarray, method: str, strength: float) -> np.ndarray
     return ((vectors * scale) @ vectors.T).astype(np.float32)
 
 
-def make_preserve(
-    model: Model, site: Sequence[str], config: Config, texts: Sequence[str] | None
-) -> dict[str, jax.Array]:
-    """{HF name: P [in, in]} for the site's matrices, {} when off. `texts` as from `retained_texts`.
-    The same arguments give the same bits, so a resumed run makes it again."""
-    if config.preserve == "none":
-        return {}
+def retained_ids(model: Model, config: Config, texts: Sequence[str] | None) -> list[list[int]]:
+    """Token ids of the retained texts, of those with two tokens or more; [] when nothing is retained. `texts`
+    as from `retained_texts`; without any, the model's own. Raises UserError where there are none."""
+    if not preserves(config):
+        return []
     if texts is None:
-        ids = sample_model(model, config.seed)
-    else:
-        ids = prompt_ids(model.tokenizer, texts, config.chat_template)
-        ids = [i[: model.spec.max_position] for i in ids if len(i) > 1]
+        return sample_model(model, config.seed)
+    ids = prompt_ids(model.tokenizer, texts, config.chat_template)
+    ids = [i[: model.spec.max_position] for i in ids if len(i) > 1]
     if not ids:
         raise UserError(f"preserve_data: {source_of(config)} holds no text of two tokens or more")
+    return ids
+
+
+def make_preserve(
+    model: Model, site: Sequence[str], config: Config, ids: Sequence[Sequence[int]]
+) -> dict[str, Sides]:
+    """{HF name: (P_in [in, in], None)} for the site's matrices, {} when off. `ids` as from `retained_ids`.
+    The same arguments give the same bits, so a resumed run makes it again."""
+    strength = strength_of(config)
+    if config.preserve == "none" or strength is None:
+        return {}
     moments = second_moments(model.spec, model.weights, site, ids, model.mesh, config.row_length, model.edits)
     made: dict[int, np.ndarray] = {}
-    placed = {}
+    placed: dict[str, Sides] = {}
     for name, moment in moments.items():
         if id(moment) not in made:
-            made[id(moment)] = input_matrix(np.asarray(moment), config.preserve, strength_of(config))
+            made[id(moment)] = input_matrix(np.asarray(moment), config.preserve, strength)
         parts = [*tensor_spec(model.mesh, model.spec, locate_tensor(model.spec, name)[0], False), None, None]
         # Columns lie where the tensor's do: the updates then keep their sharding.
         sharding = NamedSharding(model.mesh, P(None, parts[1]) if parts[1] else P())
-        placed[name] = jax.device_put(made[id(moment)], sharding)
+        placed[name] = jax.device_put(made[id(moment)], sharding), None
     return placed

@@ -15,9 +15,10 @@ from locft_jax.data.requests import EditRequest
 from locft_jax.data.tokens import Corpus, encode_pairs
 from locft_jax.editing.augment import prefix_texts, training_prompts
 from locft_jax.editing.checkpoint import Checkpoints
+from locft_jax.editing.keep import make_keep
 from locft_jax.editing.pipeline import Outcome, Schedule, StepRecord, run_pipeline
 from locft_jax.editing.prefix import Source, cached_source, choose_mode
-from locft_jax.editing.preserve import make_preserve
+from locft_jax.editing.preserve import make_preserve, retained_ids
 from locft_jax.editing.site import find_site, first_layer, materialize, parameters, read_site
 from locft_jax.editing.step import Hyper, init_state
 from locft_jax.errors import UserError
@@ -123,7 +124,7 @@ def run_edit(
     """LocFT-BF on one model: the given model is not changed. `start`: values that the site's tensors
     begin with (HF names; default: the model's own). With `checkpoints` the run goes on from the newest
     one and leaves others; `on_step` is told of the steps made before too. `retained`: texts for the config's
-    `preserve` (None: the model's own). `source`: the corpus as it enters the site's lowest layer, from a
+    `preserve...` (None: the model's own). `source`: the corpus as it enters the site's lowest layer, from a
     caller who edits at many sites (default: made here).
 
     Raises NonFiniteLoss, and Interrupted when a signal asked to stop.
@@ -144,7 +145,9 @@ def run_edit(
         source = cached_source(
             model.spec, model.weights, corpus, layer, mode, model.mesh, config.row_length, base=base
         )
-    preserve = make_preserve(model, site, config, retained)
+    ids = retained_ids(model, config, retained)
+    preserve = make_preserve(model, site, config, ids)
+    keep = make_keep(model, source, config, ids)
     outcome = run_pipeline(
         model.spec,
         model.weights,
@@ -158,6 +161,7 @@ def run_edit(
         done=done,
         keeper=checkpoints,
         preserve=preserve,
+        keep=keep,
     )
     tensors = to_checkpoint_dtype(model.checkpoint, materialize(outcome.state.theta, base))
     seconds = time.monotonic() - begin

@@ -128,7 +128,7 @@ def test_five_steps_equal_plain_numpy():
     w, x = rng.standard_normal((5, 7)), rng.standard_normal((40, 7))
     p = input_matrix(x.T @ x / 40, "soft", 10)
     gradients = rng.standard_normal((5, 5, 7))
-    optimizer = make_optimizer(Hyper(0.1, 0.0, 0.5), {"w": jnp.asarray(p)})
+    optimizer = make_optimizer(Hyper(0.1, 0.0, 0.5), {"w": (jnp.asarray(p), None)})
     theta = {"w": jnp.asarray(w, jnp.float32), "norm": jnp.ones(3)}
     state = optimizer.init(theta)
     m = v = np.zeros_like(w)
@@ -192,7 +192,9 @@ def test_files_of_texts(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"preserve": "kfac"}, "not available in this version; supported: none, soft, null"),
+        ({"preserve": "hard"}, "not available in this version; supported: none, soft, null, kfac"),
+        ({"preserve_kl": -1}, "a number >= 0"),
+        ({"preserve_kl": 1, "preserve_data": "missing.txt"}, "preserve_data: missing.txt"),
         ({"preserve": "soft", "preserve_strength": 0}, "a number > 0"),
         ({"preserve": "null", "preserve_strength": 1}, "> 0 and < 1"),
         ({"preserve": "soft", "preserve_data": "missing.txt"}, "preserve_data: missing.txt"),
@@ -243,7 +245,8 @@ def runs(edit_arguments, tmp_path_factory):
 
 
 def test_resumed_runs_end_with_the_same_bytes(runs, edit_arguments, tmp_path, monkeypatch):
-    _, whole = runs("soft", preserve="soft")
+    both = {"preserve": "soft", "preserve_kl": 1}
+    _, whole = runs("both", **both)
     make, out = pipeline.StepRecord, tmp_path / "out"
 
     def stop(epoch, at, *rest):
@@ -251,7 +254,7 @@ def test_resumed_runs_end_with_the_same_bytes(runs, edit_arguments, tmp_path, mo
             os.kill(os.getpid(), signal.SIGTERM)
         return make(epoch, at, *rest)
 
-    arguments = edit_arguments(out, **RUN, preserve="soft")
+    arguments = edit_arguments(out, **RUN, **both)
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "StepRecord", stop)
         assert run_command(edit, arguments) == 1
@@ -265,18 +268,26 @@ def test_methods_differ_and_say_what_they_are(runs):
     plain, folder = runs("none")
     assert json.loads((folder / "report.json").read_text())["preserve"] is None
     assert "preserve" not in plain.metadata
-    for method, changes in (("soft", {}), ("null", {"preserve_strength": 0.5})):
-        delta, folder = runs(method, preserve=method, **changes)
-        assert any((delta.new[n] != plain.new[n]).any() for n in plain.new)
+    first = (folder / "steps.jsonl").read_text().splitlines()[0]
+    tried = [("soft", 10, None), ("null", 0.5, None), ("none", None, 1), ("none", None, 9), ("soft", 10, 1)]
+    seen = [plain]
+    for method, strength, kl in tried:
+        changes = {"preserve_strength": strength} if method == "null" else {}
+        name = "both" if method == "soft" and kl else f"{method} {kl}"
+        delta, folder = runs(name, preserve=method, **changes, **({"preserve_kl": kl} if kl else {}))
+        assert all(any((delta.new[n] != other.new[n]).any() for n in plain.new) for other in seen)
+        seen.append(delta)
         told = json.loads((folder / "report.json").read_text())["preserve"]
-        assert told["method"] == method and told["strength"] == (0.5 if changes else 10)
+        assert (told["method"], told["strength"], told["kl"]) == (method, strength, kl)
         assert told["source"] == "model" and json.loads(delta.metadata["preserve"]) == told
+        # The first loss comes before any update, and counts the edits only.
+        assert (folder / "steps.jsonl").read_text().splitlines()[0] == first
 
 
 def test_eight_devices_train_alike(runs, tmp_path):
     kept = tmp_path / "kept.txt"
     kept.write_text("\n".join(TEXTS))
-    soft = {"preserve": "soft", "preserve_data": kept}
+    soft = {"preserve": "soft", "preserve_data": kept, "preserve_kl": 1}
     one, _ = runs("one", **soft)
     many, _ = runs("many", **soft, mesh="{data: 2, model: 4}")
     for name, value in one.new.items():
