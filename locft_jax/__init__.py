@@ -7,7 +7,8 @@ data/          requests.py (any file -> EditRequest)   streaming.py (edits that 
 model/         spec.py   weights.py (the weight table)   decoder.py   sharding.py   memory.py (does it fit?)
                headers.py (what is wrong with a file)   hf.py (load, save)
                delta.py (edited tensors, new and old)   combine.py (merge, compose, measure deltas)
-editing/       site.py   step.py   prefix.py   pipeline.py   preserve.py   keep.py
+editing/       site.py   step.py   prefix.py   pipeline.py
+               retained.py (other texts, to be left alone)   moments.py   preserve.py   keep.py
                checkpoint.py (stop and resume)
                run.py (one edit)
 evaluation/    generate.py   answers.py   metrics.py   run.py   report.py

@@ -21,7 +21,8 @@ from locft_jax.data.requests import EditData, EditRequest, requests_from_records
 from locft_jax.editing.augment import written_prefixes
 from locft_jax.editing.checkpoint import Checkpoints
 from locft_jax.editing.pipeline import StepRecord
-from locft_jax.editing.preserve import check_preserve, retained_texts, told
+from locft_jax.editing.preserve import check_preserve, told
+from locft_jax.editing.retained import retained_texts
 from locft_jax.editing.run import choose_site, encode_requests, run_edit
 from locft_jax.editing.site import first_layer
 from locft_jax.evaluation.answers import ProbeCache

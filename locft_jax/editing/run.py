@@ -18,7 +18,8 @@ from locft_jax.editing.checkpoint import Checkpoints
 from locft_jax.editing.keep import make_keep
 from locft_jax.editing.pipeline import Outcome, Schedule, StepRecord, run_pipeline
 from locft_jax.editing.prefix import Source, cached_source, choose_mode
-from locft_jax.editing.preserve import make_preserve, retained_ids
+from locft_jax.editing.preserve import make_preserve
+from locft_jax.editing.retained import retained_ids
 from locft_jax.editing.site import find_site, first_layer, materialize, parameters, read_site
 from locft_jax.editing.step import Hyper, init_state
 from locft_jax.errors import UserError

@@ -14,16 +14,9 @@ from locft_jax.commands import run_command
 from locft_jax.data.requests import requests_from_records
 from locft_jax.edit import main as edit
 from locft_jax.editing import pipeline
-from locft_jax.editing.preserve import (
-    MAX_WIDTH,
-    check_preserve,
-    input_matrix,
-    layer_inputs,
-    retained_texts,
-    sample_model,
-    second_moments,
-    template_texts,
-)
+from locft_jax.editing.moments import gradient_moments, layer_inputs, second_moments
+from locft_jax.editing.preserve import MAX_WIDTH, check_preserve, input_matrix
+from locft_jax.editing.retained import retained_texts, sample_model, template_texts
 from locft_jax.editing.step import Hyper, make_optimizer
 from locft_jax.model import decoder
 from locft_jax.model.hf import load_model
@@ -103,6 +96,34 @@ def test_eight_devices_give_the_same_statistics(tiny_model_dir, texts, moments):
         np.testing.assert_allclose(c, moments[name], rtol=1e-4, atol=1e-5 * moments[name].max())
 
 
+# ---------------------------------------------------------------- G
+
+
+def test_gradient_moments_equal_torchs(torch, model, tiny_model_dir, texts):
+    """The labels come from `sampled`, by the rule that the code states; everything else is torch's."""
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(str(tiny_model_dir), dtype=torch.float64)
+    found = gradient_moments(model.spec, model.weights, SITE, texts[:20], model.mesh, 32, seed=3)
+    sums, at = dict.fromkeys(SITE, 0), 0
+    for name in SITE:
+        module = reference.get_submodule(name.removesuffix(".weight"))
+        module.register_forward_hook(lambda m, i, out, name=name: kept.__setitem__(name, out))
+    draw = jax.vmap(lambda place, s: jax.random.categorical(jax.random.fold_in(jax.random.key(3), place), s))
+    for ids in texts[:20]:
+        kept = {}
+        scores = reference(torch.tensor([ids])).logits[0].log_softmax(-1)
+        labels = draw(at + jnp.arange(len(ids)), jnp.asarray(scores.detach().numpy(), jnp.float32))
+        at += len(ids) + 1  # a corpus has one more token a text
+        own = scores.gather(1, torch.tensor(np.asarray(labels, np.int64))[:, None]).sum()
+        for name, g in zip(SITE, torch.autograd.grad(own, [kept[n] for n in SITE]), strict=True):
+            sums[name] += (g[0].T @ g[0]).numpy()
+    for name, got in found.items():
+        want = sums[name] / sum(map(len, texts[:20]))
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4 * np.abs(want).max(), err_msg=name)
+
+
 # ---------------------------------------------------------------- P, and the transformation
 
 
@@ -126,22 +147,27 @@ def test_null_takes_out_the_directions_that_hold_the_energy():
 def test_five_steps_equal_plain_numpy():
     rng = np.random.default_rng(0)
     w, x = rng.standard_normal((5, 7)), rng.standard_normal((40, 7))
-    p = input_matrix(x.T @ x / 40, "soft", 10)
+    p, q = input_matrix(x.T @ x / 40, "soft", 10), input_matrix(w @ w.T, "kfac", 3)
     gradients = rng.standard_normal((5, 5, 7))
-    optimizer = make_optimizer(Hyper(0.1, 0.0, 0.5), {"w": (jnp.asarray(p), None)})
-    theta = {"w": jnp.asarray(w, jnp.float32), "norm": jnp.ones(3)}
+    optimizer = make_optimizer(
+        Hyper(0.1, 0.0, 0.5), {"w": (jnp.asarray(p), None), "both": (jnp.asarray(p), jnp.asarray(q))}
+    )
+    theta = {"w": jnp.asarray(w, jnp.float32), "both": jnp.asarray(w, jnp.float32), "norm": jnp.ones(3)}
     state = optimizer.init(theta)
     m = v = np.zeros_like(w)
-    want, count = w.copy(), 0
+    want, both, count = w.copy(), w.copy(), 0
     for i, g in enumerate(gradients):
         loss = 0.1 if i == 2 else 1.0  # one step is skipped
         grads = {"w": jnp.asarray(g, jnp.float32), "norm": jnp.ones(3)}
+        grads["both"] = grads["w"]
         updates, state = optimizer.update(grads, state, theta, loss=jnp.float32(loss))
         theta = {n: a + updates[n] for n, a in theta.items()}
         if loss >= 0.5:
             count += 1
             m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-            want -= 0.1 * (m / (1 - 0.9**count) / (np.sqrt(v / (1 - 0.999**count)) + 1e-8)) @ p
+            step = 0.1 * (m / (1 - 0.9**count) / (np.sqrt(v / (1 - 0.999**count)) + 1e-8)) @ p
+            want, both = want - step, both - q @ step
+    np.testing.assert_allclose(theta["both"], both, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(theta["w"], want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(theta["norm"], 1 - 0.1 * count, rtol=1e-5)  # a tensor without a P
 
@@ -218,9 +244,11 @@ def test_a_wide_input_is_refused():
                        "intermediate_size": MAX_WIDTH + 1, "num_attention_heads": 2,
                        "max_position_embeddings": 64, "rms_norm_eps": 1e-5})  # fmt: skip
     config = Config(preserve="soft")
-    with pytest.raises(UserError, match="at most 8192"):
+    with pytest.raises(UserError, match="inputs of width 8193; soft handles at most 8192"):
         check_preserve(spec, ["model.layers.1.mlp.down_proj.weight"], config)
     check_preserve(spec, ["model.layers.1.mlp.up_proj.weight"], config)
+    with pytest.raises(UserError, match="outputs of width 8193"):
+        check_preserve(spec, ["model.layers.1.mlp.up_proj.weight"], Config(preserve="kfac"))
 
 
 # ---------------------------------------------------------------- the whole run
@@ -269,7 +297,14 @@ def test_methods_differ_and_say_what_they_are(runs):
     assert json.loads((folder / "report.json").read_text())["preserve"] is None
     assert "preserve" not in plain.metadata
     first = (folder / "steps.jsonl").read_text().splitlines()[0]
-    tried = [("soft", 10, None), ("null", 0.5, None), ("none", None, 1), ("none", None, 9), ("soft", 10, 1)]
+    tried = [
+        ("soft", 10, None),
+        ("kfac", 10, None),
+        ("null", 0.5, None),
+        ("none", None, 1),
+        ("none", None, 9),
+        ("soft", 10, 1),
+    ]
     seen = [plain]
     for method, strength, kl in tried:
         changes = {"preserve_strength": strength} if method == "null" else {}
@@ -287,9 +322,9 @@ def test_methods_differ_and_say_what_they_are(runs):
 def test_eight_devices_train_alike(runs, tmp_path):
     kept = tmp_path / "kept.txt"
     kept.write_text("\n".join(TEXTS))
-    soft = {"preserve": "soft", "preserve_data": kept, "preserve_kl": 1}
-    one, _ = runs("one", **soft)
-    many, _ = runs("many", **soft, mesh="{data: 2, model: 4}")
+    everything = {"preserve": "kfac", "preserve_data": kept, "preserve_kl": 1}
+    one, _ = runs("one", **everything)
+    many, _ = runs("many", **everything, mesh="{data: 2, model: 4}")
     for name, value in one.new.items():
         moved = np.abs(value - one.base[name]).max()
         # Adam's first steps follow signs of gradients: a tiny one may flip.
