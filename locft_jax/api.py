@@ -26,6 +26,7 @@ from locft_jax.editing.retained import retained_texts
 from locft_jax.editing.run import choose_site, encode_requests, run_edit
 from locft_jax.editing.site import first_layer
 from locft_jax.evaluation.answers import ProbeCache
+from locft_jax.evaluation.dynamics import Dynamics
 from locft_jax.evaluation.metrics import make_probes, unreachable
 from locft_jax.evaluation.run import (
     Answers,
@@ -117,6 +118,9 @@ def edit(
                 kept = {"answers": dataclasses.asdict(before), "seconds": seconds["before"]}
                 checkpoints.keep_before(kept)
 
+    dynamics = None
+    if config.eval_every and asked is not None and before is not None:
+        dynamics = Dynamics(model, config, asked, before, cache, checkpoints)
     steps: list[dict[str, Any]] = []
     per_epoch = -(-corpus.edits // config.batch_size)
     with Bar("editing", per_epoch * config.num_steps, show) as bar:
@@ -130,7 +134,10 @@ def edit(
             what = "epoch" if config.pipeline == "breadth" else "mini-batch"
             bar.advance(1, f"{what} {line.epoch + 1}, loss {line.loss:.4f}, {rate:.0f} edits/s")
 
-        done = run_edit(model, corpus, site, config, record, start, checkpoints, retained)
+        watch = dynamics.look if dynamics else None
+        done = run_edit(model, corpus, site, config, record, start, checkpoints, retained, watch=watch)
+    if dynamics is not None:
+        done = dataclasses.replace(done, seconds=done.seconds - dynamics.seconds())
     seconds["edit"] = done.seconds
 
     edited = model.with_edits(done.tensors)
@@ -155,6 +162,7 @@ def edit(
     )
     report |= {
         "batches": _batches(data, asked, after),
+        "dynamics": dynamics.lines if dynamics is not None else [],
         "fingerprint": delta.metadata["fingerprint"],
         "resumed": checkpoints.resumed if checkpoints is not None else [],
     }

@@ -24,8 +24,6 @@ DEMO_CONFIG = DEMO_FOLDER / "demo.yaml"
 # Keys whose other values wait for a feature, and what works now. Building one shrinks this table.
 NOT_YET: dict[str, tuple[Any, ...]] = {
     "weights": ("checkpoint", "float32", "bfloat16"),
-    "eval_every": (None,),
-    "preserve": ("none", "soft", "null", "kfac"),
 }
 
 # Keys accepted for the sake of existing files: a run prints the note and does nothing else.
@@ -67,7 +65,7 @@ class Config:
     memory_budget: float | None = None  # GiB for caches; None = 80 % of what is free
     evaluate: bool = True
     eval_sample: int | None = None  # probes of each kind; None = all
-    eval_every: int | None = None  # epochs; None = never
+    eval_every: int | None = None  # epochs (depth: mini-batches) between evaluations; None = never
     capability_data: tuple[str, ...] = ()  # files
     checkpoint_every: str = "10m"  # minutes (10m), or steps (200)
     export: tuple[str, ...] = ("hf", "delta", "orbax")
@@ -83,6 +81,8 @@ class Config:
     def __post_init__(self) -> None:
         for key in _RULES:
             object.__setattr__(self, key, _checked(key, getattr(self, key), "Config"))
+        if self.eval_every is not None and not self.evaluate:
+            raise UserError(f"Config: `eval_every: {self.eval_every}` needs evaluate: true")
         strength = self.preserve_strength
         if self.preserve == "null" and strength is not None and strength >= 1:
             raise UserError(
@@ -318,7 +318,7 @@ _RULES: dict[str, _Rule] = {
     "capability_data": _any_number(_PATH),
     "checkpoint_every": _Rule("minutes such as 10m, or a number of steps", _every),
     "export": _any_number(_choice("hf", "delta", "orbax")),
-    "preserve": _TEXT,
+    "preserve": _choice("none", "soft", "null", "kfac"),
     "preserve_strength": _optional(_real(0, above=True)),
     "preserve_data": _optional(_PATH),
     "preserve_kl": _optional(_real(0)),

@@ -110,6 +110,7 @@ def sample(config: Config) -> Config:
         eval_sample=config.eval_sample or PROBES,
         layer=None,
         rewrite_module=Config.rewrite_module,
+        eval_every=None,
         export=(),
     )
 

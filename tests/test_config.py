@@ -245,8 +245,6 @@ def test_source_is_not_a_key():
     ("setting", "supported"),
     [
         ("weights=int8", "checkpoint, float32, bfloat16"),
-        ("preserve=hard", "none, soft, null, kfac"),
-        ("eval_every=2", "null"),
     ],
 )
 def test_what_is_not_built_yet_is_refused(setting, supported):

@@ -6,6 +6,7 @@ to go on, and going on gives bit for bit what an undisturbed run gives (same mes
 
     checkpoint/run.json      what the run is: another run must not go on from here
     checkpoint/before.json   the answers before the edit, asked once
+    checkpoint/dynamics.json what was measured during the edit (`eval_every`)
     checkpoint/steps/N/      after N steps; orbax writes it beside and renames it
 """
 
@@ -177,6 +178,14 @@ class Checkpoints:
     def keep_before(self, value: Any) -> None:
         """Keep the answers before the edit (plain JSON)."""
         write_whole_json(self.folder / "before.json", value)
+
+    def keep_dynamics(self, value: Any) -> None:
+        """Keep what was measured during the edit (plain JSON)."""
+        write_whole_json(self.folder / "dynamics.json", value)
+
+    def kept_dynamics(self) -> Any:
+        """What `keep_dynamics` kept, or None."""
+        return _read(self.folder / "dynamics.json")
 
     def kept_before(self) -> Any:
         """What `keep_before` kept, or None."""

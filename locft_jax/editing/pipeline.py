@@ -55,6 +55,7 @@ class Schedule:
     row_length: int
     hyper: Hyper
     pipeline: str = "breadth"  # | "depth"
+    eval_every: int = 1  # epochs, or mini-batches, between two looks at the state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +157,10 @@ class Keeper(Protocol):
         """Save it; the state is donated to the next step when this returns."""
 
 
+# Given the state after some epochs (depth-first: mini-batches) and the records of every step before.
+Watch = Callable[[EditState, Sequence[StepRecord]], None]
+
+
 def run_pipeline(
     spec: ModelSpec,
     weights: Weights,
@@ -171,6 +176,7 @@ def run_pipeline(
     keeper: Keeper | None = None,
     preserve: Mapping[str, Sides] = {},  # noqa: B006 (never written to)
     keep: Callable[[int], Kept | None] = lambda visit: None,
+    watch: Watch | None = None,
 ) -> Outcome:
     """The editing loop (method.md, Training). Breadth-first, LocFT-BF's: at most `epochs` shuffled passes
     in mini-batches; stops when an epoch's mean loss (by example, skipped batches included) falls below
@@ -181,7 +187,8 @@ def run_pipeline(
     `base`: edits that the model already carries; `done`: the steps that led to `state`, in a run that
     goes on; `keeper` is given the state whenever it says that it is due;
     `preserve`: matrices that every update is multiplied with (editing/preserve.py); `keep`: the number of a
-    mini-batch that the run comes to -> the retained texts beside it, on the mesh (editing/keep.py).
+    mini-batch that the run comes to -> the retained texts beside it, on the mesh (editing/keep.py);
+    `watch` is given the state after every `eval_every` epochs (depth-first: mini-batches).
     Raises NonFiniteLoss naming epoch, step and batch.
     """
     shape = shape or run_shape(corpus, schedule, mesh)
@@ -232,18 +239,22 @@ def run_pipeline(
                     break
             if depth and not made:
                 state = EditState(state.theta, fresh())
-            for _ in range(made, schedule.epochs if depth else 1):
+            for n in range(made, schedule.epochs if depth else 1):
                 state, loss = train_step(
                     spec, source.layer, hyper, state, weights, base, array, batch, preserve, kept
                 )
                 read()  # of the step before: the device is busy with this one
                 pending = visit // per_epoch, which, loss
                 due = keeper is not None and keeper.due(len(records) + 1)
-                if depth or due:  # depth-first, the loss says which step comes next
+                looks = watch is not None and (visit + 1) % (per_epoch * schedule.eval_every) == 0
+                if depth or due or looks:  # depth-first, the loss says which step comes next
                     read()
+                ends = depth and (records[-1].skipped or n + 1 == schedule.epochs)
+                if watch is not None and looks and ends == depth:
+                    watch(state, records)  # before it is saved: what is saved has been looked at
                 if keeper is not None and due:
                     keeper.save(state, records)
-                if depth and records[-1].skipped:
+                if ends:
                     break
             made = 0
     read()

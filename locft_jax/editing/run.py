@@ -57,6 +57,7 @@ def schedule_of(config: Config) -> Schedule:
         row_length=config.row_length,
         hyper=Hyper(config.lr, config.weight_decay, config.loss_floor, config.norm_constraint),
         pipeline=config.pipeline,
+        eval_every=config.eval_every or 1,
     )
 
 
@@ -121,12 +122,14 @@ def run_edit(
     checkpoints: Checkpoints | None = None,
     retained: Sequence[str] | None = None,
     source: Source | None = None,
+    watch: Callable[[dict[str, np.ndarray], Sequence[StepRecord]], None] | None = None,
 ) -> Edited:
     """LocFT-BF on one model: the given model is not changed. `start`: values that the site's tensors
     begin with (HF names; default: the model's own). With `checkpoints` the run goes on from the newest
     one and leaves others; `on_step` is told of the steps made before too. `retained`: texts for the config's
     `preserve...` (None: the model's own). `source`: the corpus as it enters the site's lowest layer, from a
-    caller who edits at many sites (default: made here).
+    caller who edits at many sites (default: made here). `watch` is given the site's tensors, as they would
+    be exported, after every `eval_every` epochs (depth-first: mini-batches).
 
     Raises NonFiniteLoss, and Interrupted when a signal asked to stop.
     """
@@ -149,6 +152,8 @@ def run_edit(
     ids = retained_ids(model, config, retained)
     preserve = make_preserve(model, site, config, ids)
     keep = make_keep(model, source, config, ids)
+    exported = lambda theta: to_checkpoint_dtype(model.checkpoint, materialize(theta, base))  # noqa: E731
+    look = lambda state, records: watch(exported(state.theta), records) if watch else None  # noqa: E731
     outcome = run_pipeline(
         model.spec,
         model.weights,
@@ -163,8 +168,9 @@ def run_edit(
         keeper=checkpoints,
         preserve=preserve,
         keep=keep,
+        watch=look if watch else None,
     )
-    tensors = to_checkpoint_dtype(model.checkpoint, materialize(outcome.state.theta, base))
+    tensors = exported(outcome.state.theta)
     seconds = time.monotonic() - begin
     if checkpoints is not None:
         seconds = checkpoints.finish(outcome.state, outcome.records)

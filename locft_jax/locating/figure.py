@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from locft_jax.locating.rule import FIGURES
+from locft_jax.locating.rule import worth_showing
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; markers say the same again.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -14,16 +14,9 @@ NAMED = 16  # layers up to which every cell of a heat map shows its number
 Line = Mapping[str, Any]
 
 
-def panels(lines: Sequence[Line]) -> list[str]:
-    """The figures that are drawn: those that were measured, and no two that are the same everywhere."""
-    kept = [key for key in FIGURES if any(line[key] is not None for line in lines)]
-    same = all(line["locality"] == line["locality_agreement"] for line in lines)
-    return [key for key in kept if not (same and key == "locality_agreement" and "locality" in kept)]
-
-
 def draw_curves(lines: Sequence[Line], before: Mapping[str, float | None], title: str, out: Path) -> None:
     """One panel a figure, one curve a module, over the layers; dashed: the unedited model. PNG."""
-    keys, modules = panels(lines), list(dict.fromkeys(line["module"] for line in lines))
+    keys, modules = worth_showing(lines), list(dict.fromkeys(line["module"] for line in lines))
     layers = sorted({line["layer"] for line in lines})
     columns = min(2, len(keys))
     rows = -(-len(keys) // columns)
@@ -62,7 +55,7 @@ def draw_heat_maps(lines: Sequence[Line], top: tuple[int, str], title: str, out:
     import numpy as np
     from matplotlib.patches import Rectangle
 
-    keys, modules = panels(lines), list(dict.fromkeys(line["module"] for line in lines))
+    keys, modules = worth_showing(lines), list(dict.fromkeys(line["module"] for line in lines))
     layers = sorted({line["layer"] for line in lines})
     columns = min(2, len(keys))
     rows = -(-len(keys) // columns)

@@ -17,6 +17,13 @@ def measured(lines: Sequence[Line]) -> list[Line]:
     return [line for line in lines if line["reliability"] is not None]
 
 
+def worth_showing(lines: Sequence[Line]) -> list[str]:
+    """The figures that were measured, without one that is the same as another everywhere."""
+    kept = [key for key in FIGURES if any(line[key] is not None for line in lines)]
+    same = all(line["locality"] == line["locality_agreement"] for line in lines)
+    return [key for key in kept if not (same and key == "locality_agreement" and "locality" in kept)]
+
+
 def shield_of(lines: Sequence[Line]) -> str | None:
     """Which figure stands for general ability; None where none was measured."""
     return next((s for s in SHIELDS if any(line[s] is not None for line in lines)), None)
@@ -102,7 +109,7 @@ def words(lines: Sequence[Line], before: Mapping[str, float | None]) -> str:
         said.append(
             f"Of these it generalizes best: {rate}." if len(near) > 1 else f"It generalizes to {rate}."
         )
-    rest = (f"{key} {_percent(top[key])}" for key in FIGURES if top[key] is not None)
+    rest = (f"{key} {_percent(top[key])}" for key in worth_showing(lines) if top[key] is not None)
     said.append(f"Its figures: {', '.join(rest)}.")
     failed = len(lines) - len(known)
     if failed:

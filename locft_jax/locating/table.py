@@ -25,7 +25,7 @@ from locft_jax.evaluation.report import plain
 from locft_jax.evaluation.run import Answers
 from locft_jax.files import whole_file, write_json, write_jsonl, write_whole_json
 from locft_jax.locating.places import Place
-from locft_jax.locating.rule import FIGURES, ranked, recommend
+from locft_jax.locating.rule import ranked, recommend, worth_showing
 
 Line = Mapping[str, Any]
 
@@ -142,20 +142,20 @@ def told(line: Line) -> str:
     """A line's figures in a few words."""
     if line["reliability"] is None:
         return "the loss was not finite"
-    shown = (f"{key} {100 * line[key]:.1f}" for key in FIGURES if line[key] is not None)
+    shown = (f"{key} {100 * line[key]:.1f}" for key in worth_showing([line]))
     return ", ".join(shown)
 
 
 def print_table(result: Mapping[str, Any], console: Console, count: int = 5) -> None:
     """The first sites by the rule, and the recommendation with the lines to paste."""
     table = RichTable(title=plain(f"the best of {len(result['sites'])} sites"), title_justify="left")
-    for column in ("layer", "module", *FIGURES, "parameters"):
+    keys = worth_showing(result["sites"])
+    for column in ("layer", "module", *keys):
         table.add_column(column.replace("_", " "), justify="left" if column == "module" else "right")
     percent = lambda value: "-" if value is None else f"{100 * value:.1f}"  # noqa: E731
-    table.add_row("-", "unedited", *(percent(result["before"][key]) for key in FIGURES), "")
+    table.add_row("-", "unedited", *(percent(result["before"][key]) for key in keys))
     for line in ranked(result["sites"], count):
-        rates = (percent(line[key]) for key in FIGURES)
-        table.add_row(str(line["layer"]), plain(line["module"]), *rates, f"{line['parameters']:,}")
+        table.add_row(str(line["layer"]), plain(line["module"]), *(percent(line[key]) for key in keys))
     console.print(table)
     console.print(plain(f"Where to edit: {result['recommendation']['words']}"))
     console.print(f"\n{result['recommendation']['config']}\n")

@@ -26,7 +26,7 @@ def draw_sweep(rows: Sequence[Row], before: Mapping[str, float | None], title: s
     """One panel a figure. Over the key with most numbers: one curve for every combination of the others; else
     one bar a run. Lines at a point: the standard deviation over seeds. Dashed: the unedited model. PNG."""
     keys, across = panels(rows), horizontal(rows)
-    columns = min(2 if across and len(keys) == 4 else 3, len(keys))
+    columns = min(2 if len(keys) == 4 else 3, len(keys))
     lines = -(-len(keys) // columns)
     height = 3.6 if across else 1.1 + 0.42 * len(rows)
     figure = new_figure((5.2 if across else 4.6) * columns + (0 if across else 1.5), height * lines + 0.9)
@@ -82,9 +82,17 @@ def _bars(axis: Any, rows: Sequence[Row], key: str) -> None:
     spread = [100 * (row[f"{key}_spread"] or 0) for row in rows]
     axis.barh(places, values, xerr=spread if any(spread) else None, color=COLOURS[0], height=0.7, capsize=3)
     axis.set_yticks(places, [label(row["settings"]) for row in rows], fontsize=11)
-    axis.set_xlim(0, 112)
+    axis.set_xlim(0, 122)
+    axis.set_xticks(range(0, 101, 20))
     for place, value, off in zip(places, values, spread, strict=True):
-        axis.text(value + off + 1.5, place, f"{value:.1f}", va="center", fontsize=10)
+        axis.text(
+            value + off + 1.5,
+            place,
+            f"{value:.1f}",
+            va="center",
+            fontsize=10,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        )
     axis.set_xlabel("%", fontsize=12)
 
 

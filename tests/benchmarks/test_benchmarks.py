@@ -73,14 +73,6 @@ def test_streaming():
     assert all(0 <= rate <= 1 for row in result["curve"] for rate in row)
 
 
-def test_pipelines():
-    result = script("pipelines.py")
-    assert result["benchmark"] == "pipelines"
-    cells = [(row["pipeline"], row["batch"], row["method"]) for row in result["rows"]]
-    assert cells == [("depth", 3, "ft-m"), ("breadth", 3, "ft-l")]
-    assert [row["steps"] for row in result["rows"]] == [4, 4]
-
-
 @pytest.mark.parity
 def test_gpu_edit(torch):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

@@ -218,7 +218,7 @@ def test_files_of_texts(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"preserve": "hard"}, "not available in this version; supported: none, soft, null, kfac"),
+        ({"preserve": "hard"}, "it must be one of none, soft, null, kfac"),
         ({"preserve_kl": -1}, "a number >= 0"),
         ({"preserve_kl": 1, "preserve_data": "missing.txt"}, "preserve_data: missing.txt"),
         ({"preserve": "soft", "preserve_strength": 0}, "a number > 0"),

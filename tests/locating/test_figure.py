@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from locft_jax.locating.figure import draw_curves, draw_heat_maps, panels
+from locft_jax.locating.figure import draw_curves, draw_heat_maps
+from locft_jax.locating.rule import worth_showing
 
 BEFORE = {"reliability": 0.0, "generalization": 0.0, "locality": 1.0, "capability": 1.0}
 
@@ -38,7 +39,7 @@ def test_pictures_are_not_blank(tmp_path, layers):
 def test_what_was_not_measured_has_no_panel(tmp_path):
     lines = table(range(3), capability=None, locality=None)
     lines[0] |= dict.fromkeys(("reliability", "generalization", "locality_agreement"))  # its edit failed
-    assert panels(lines) == ["reliability", "generalization", "locality_agreement"]
+    assert worth_showing(lines) == ["reliability", "generalization", "locality_agreement"]
     draw_curves(lines, {}, "a title", tmp_path / "curves.png")
     draw_heat_maps(lines, (1, "down"), "a title", tmp_path / "heatmap.png")
     assert ink(tmp_path / "curves.png") and ink(tmp_path / "heatmap.png")
@@ -46,7 +47,7 @@ def test_what_was_not_measured_has_no_panel(tmp_path):
 
 def test_the_same_figure_is_drawn_once():
     lines = [line | {"locality_agreement": line["locality"]} for line in table(range(2))]
-    assert panels(lines) == ["reliability", "generalization", "locality", "capability"]
+    assert worth_showing(lines) == ["reliability", "generalization", "locality", "capability"]
 
 
 def test_pictures_show_the_figures(tmp_path):
