@@ -2,21 +2,28 @@
 
 config.py      what a run is
 files.py       files and folders that appear whole or not at all
+remote.py      files and folders at a URL (gs://...)
 data/          requests.py (any file -> EditRequest)   streaming.py (edits that arrive over time)
                tokens.py (texts -> packed batches)
-model/         spec.py   weights.py (the weight table)   decoder.py   sharding.py   memory.py (does it fit?)
-               headers.py (what is wrong with a file)   hf.py (load, save)
+model/         spec.py   weights.py (the weight table)   quantize.py (int8 frozen weights)   decoder.py
+               sharding.py   memory.py (does it fit?)
+               headers.py (what is wrong with a file)   reading.py (parts of tensors)
+               hf.py (load, save)
                delta.py (edited tensors, new and old)   combine.py (merge, compose, measure deltas)
 editing/       site.py   step.py   prefix.py   pipeline.py
                retained.py (other texts, to be left alone)   moments.py   preserve.py   keep.py
                checkpoint.py (stop and resume)
                run.py (one edit)
 evaluation/    generate.py   answers.py   metrics.py   run.py   report.py
+planning/      topology.py (machines that are not here)   case.py (which edit)   cost.py (arithmetic)
+               programs.py (the compiled ones, abstract)   fit.py (does it fit?)   report.py
+card.py        the model card of an edit
 export.py      orbax, and where results may go
 api.py         load_model, edit, evaluate: the commands as functions
 locating/      places.py (which sites)   rule.py (which is best)   measure.py (edit and ask at each)
                table.py   figure.py   compiled.py
-edit.py  evaluate.py  locate.py  delta.py  ask.py   the commands, `python -m locft_jax.NAME`
+sweeping/      grid.py (sweep file -> runs)   table.py   figure.py
+edit.py  evaluate.py  locate.py  sweep.py  plan.py  delta.py  ask.py   `python -m locft_jax.NAME`
 demo/          a small world of facts, its generator, and the small model that knows them
 
 A room imports only rooms above it; commands import all of them.

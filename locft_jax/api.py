@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from locft_jax.card import make_card, model_name
 from locft_jax.config import Config, config_to_dict
 from locft_jax.data.capability import CapabilityItem
 from locft_jax.data.requests import EditData, EditRequest, requests_from_records
@@ -107,7 +108,7 @@ def edit(
         asked = prepare(model, probes, capability, config.chat_template)
         # The site's own tensors as edits: the same compiled code then serves before and after.
         own = {n: take_tensor(model.spec, model.weights, n) for n in site}
-        unedited = model.with_edits({**own, **model.edits}).edits
+        unedited = model.with_edits({**own, **model.originals(site), **model.edits}).edits
         kept = checkpoints and checkpoints.kept_before()
         if kept:
             before, seconds["before"] = Answers(**kept["answers"]), kept["seconds"]
@@ -160,6 +161,8 @@ def edit(
             **({"preserve": told(config)} if told(config) else {}),
         },
     )
+    card = make_card(model_name(model.checkpoint, config.model_name_or_path), report, delta)
+    delta = dataclasses.replace(delta, metadata={**delta.metadata, "cards": json.dumps([card])})
     report |= {
         "batches": _batches(data, asked, after),
         "dynamics": dynamics.lines if dynamics is not None else [],
@@ -272,7 +275,7 @@ def _report(
         "tokens_per_second": sum(r.tokens for r in outcome.records) / done.seconds,
         "devices": [f"{d.platform} {d.device_kind}" for d in model.mesh.devices.flat],
         "mesh": dict(model.mesh.shape),
-        "dtype": str(model.dtype),
+        "dtype": "int8" if model.int8 else str(model.dtype),
         "prefix_cache": done.prefix_cache,
         "evaluation_differs": None,
         "seed": config.seed,

@@ -7,7 +7,6 @@ Greedy answers, ended by the first `.`, newline or EOS, as everywhere here. With
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +24,7 @@ from locft_jax.model.delta import check_delta, load_delta
 from locft_jax.model.hf import Model, frozen_dtype, load_opened, load_tokenizer, open_checkpoint
 from locft_jax.model.memory import check_memory
 from locft_jax.model.sharding import make_mesh
+from locft_jax.remote import place
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> None:
         check_delta(checkpoint, delta)
     ids = encode_prompts(tokenizer, prompts, config, args.max_tokens, checkpoint.spec.max_position)
     check_prompts(tokenizer, prompts, config.chat_template, vocab_size=checkpoint.spec.vocab_size)
-    check_memory(checkpoint.spec, mesh, frozen_dtype(checkpoint, config.weights).itemsize)
+    itemsize = frozen_dtype(checkpoint, config.weights).itemsize
+    check_memory(checkpoint.spec, mesh, itemsize, int8=config.weights == "int8")
 
     model = load_opened(checkpoint, tokenizer, mesh, config.weights)
     if delta:
@@ -117,7 +118,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("prompts", nargs="*", metavar="prompt", help="what to ask; none, or -: lines of standard input")
     add("--model", required=True, help="model folder or Hub id")
-    add("--delta", type=Path, help="delta.safetensors: answers before and after it, side by side")
+    add("--delta", type=place, help="delta.safetensors: answers before and after it, side by side")
     add("--max-tokens", type=int, default=NEW_TOKENS, help=f"of an answer (default: {NEW_TOKENS})")
     add("--set", action="append", default=[], metavar="key=value", help="override a key; may be repeated")
     args = parser.parse_args(argv)

@@ -17,7 +17,11 @@ def run_command(main: Callable[[list[str] | None], None], argv: list[str] | None
     device without memory left, Ctrl-C)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is here for tokenizers: no word on torch
-    for name in ("absl", "asyncio"):  # orbax's failures come with tracebacks there; ours say what to do
+    for name in (
+        "absl",
+        "asyncio",
+        "gcsfs",
+    ):  # orbax's failures come with tracebacks there; ours say what to do
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _unraisable
     if isinstance(sys.stdout, io.TextIOWrapper):

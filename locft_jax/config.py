@@ -21,11 +21,6 @@ from locft_jax.flat_yaml import is_null, read_yaml, shown, split_override
 DEMO_FOLDER = Path(__file__).parent / "demo"
 DEMO_CONFIG = DEMO_FOLDER / "demo.yaml"
 
-# Keys whose other values wait for a feature, and what works now. Building one shrinks this table.
-NOT_YET: dict[str, tuple[Any, ...]] = {
-    "weights": ("checkpoint", "float32", "bfloat16"),
-}
-
 # Keys accepted for the sake of existing files: a run prints the note and does nothing else.
 IGNORED = {"device": "JAX uses every device it finds (JAX_PLATFORMS chooses the kind, `mesh` the layout)"}
 
@@ -307,7 +302,7 @@ _RULES: dict[str, _Rule] = {
     "append_eos": _SWITCH,
     "chat_template": _SWITCH,
     "on_conflict": _choice("error", "last", "keep"),
-    "weights": _TEXT,
+    "weights": _choice("checkpoint", "float32", "bfloat16", "int8"),
     "mesh": _MESH,
     "row_length": _whole(1),
     "prefix_cache": _choice("auto", "device", "host", "disk", "off"),
@@ -337,11 +332,6 @@ def _checked(key: str, value: Any, where: str) -> Any:
         converted, valid = convert(value), True
     except (ValueError, TypeError, OverflowError):
         converted, valid = None, False
-    if key in NOT_YET and not (valid and converted in NOT_YET[key]):
-        supported = ", ".join(shown(v) for v in NOT_YET[key])
-        raise UserError(
-            f"{where}: `{key}: {shown(value)}` is not available in this version; supported: {supported}"
-        )
     if not valid:
         raise UserError(f"{where}: `{key}: {shown(value)}` is not valid; it must be {expected}")
     return converted

@@ -14,14 +14,15 @@ from rich.console import Console
 from rich.table import Table
 
 from locft_jax import export
+from locft_jax.card import readme
 from locft_jax.commands import run_command
 from locft_jax.errors import UserError
 from locft_jax.evaluation.report import plain
-from locft_jax.files import whole_file
 from locft_jax.model.combine import Change, changes, compose_deltas, merge_deltas
 from locft_jax.model.delta import Delta, check_delta, diff_delta, load_delta, save_delta
-from locft_jax.model.hf import open_checkpoint, save_hf
+from locft_jax.model.hf import open_checkpoint
 from locft_jax.progress import Bar
+from locft_jax.remote import place, size_of
 
 ROWS = 20  # tensors that `show` lists: a screen
 
@@ -45,10 +46,11 @@ def revert(args: argparse.Namespace) -> None:
 def _rewrite(args: argparse.Namespace, edited: bool) -> None:
     delta = load_delta(args.delta)
     checkpoint = open_checkpoint(args.model)
-    export.check_model_out(args.out, args.overwrite, checkpoint.folder)
+    export.check_model_out(args.out, args.overwrite, checkpoint.place)
     check_delta(checkpoint, delta, edited=edited)
     values = delta.base if edited else delta.new
-    save_hf(checkpoint, values, args.out)
+    cards = readme(checkpoint.folder, delta.cards(), revert=edited)
+    export.save_model(checkpoint, values, args.out, cards)
     files = {info.file for info in checkpoint.tensors.values()}
     touched = {checkpoint.tensors[n].file for n in values}
     say(f"{args.out}/: {len(values)} tensor(s) rewritten, in {len(touched)} of {len(files)} weight file(s)")
@@ -80,10 +82,10 @@ def compose(args: argparse.Namespace) -> None:
     _write(args.out, compose_deltas(load_delta(args.first), load_delta(args.second)))
 
 
-def _write(out: Path, delta: Delta) -> None:
-    with whole_file(out) as part:
+def _write(out: str | Path, delta: Delta) -> None:
+    with export.result_file(out) as part:
         save_delta(delta, part)
-    say(f"{out}: {len(delta.new)} tensor(s), {out.stat().st_size:,} bytes")
+    say(f"{out}: {len(delta.new)} tensor(s), {size_of(out):,} bytes")
 
 
 def show(args: argparse.Namespace) -> None:
@@ -96,7 +98,7 @@ def show(args: argparse.Namespace) -> None:
                 lines.append(change)
                 bar.advance(1, change.name)
         console = Console(markup=False, emoji=False, highlight=False)
-        console.print(_table(f"{path}, {path.stat().st_size:,} bytes", lines))
+        console.print(_table(f"{path}, {size_of(path):,} bytes", lines))
         for key, value in _known(delta.metadata):
             console.print(plain(f"{key:<11} {value}"), soft_wrap=True)
 
@@ -159,22 +161,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         own = actions.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)  # type: ignore[attr-defined]
         own.set_defaults(run=run)
         if out:
-            own.add_argument("--out", type=Path, required=True, metavar=out, help="what to write")
+            own.add_argument("--out", type=place, required=True, metavar=out, help="what to write")
             own.add_argument("--overwrite", action="store_true", help="replace an existing --out when done")
         return own
 
     for run, what in ((apply, "base model: folder or Hub id"), (revert, "edited model: folder or Hub id")):
         own = action(run, "DIR")
-        own.add_argument("delta", type=Path, metavar="DELTA")
+        own.add_argument("delta", type=place, metavar="DELTA")
         own.add_argument("--model", required=True, help=what)
-    action(show, None).add_argument("deltas", type=Path, nargs="+", metavar="DELTA")
+    action(show, None).add_argument("deltas", type=place, nargs="+", metavar="DELTA")
     own = action(diff, "DELTA")
     own.add_argument("base", metavar="BASE", help="folder or Hub id")
     own.add_argument("edited", metavar="EDITED", help="folder or Hub id")
-    action(merge, "DELTA").add_argument("deltas", type=Path, nargs="+", metavar="DELTA")
+    action(merge, "DELTA").add_argument("deltas", type=place, nargs="+", metavar="DELTA")
     own = action(compose, "DELTA")
-    own.add_argument("first", type=Path, metavar="FIRST")
-    own.add_argument("second", type=Path, metavar="SECOND")
+    own.add_argument("first", type=place, metavar="FIRST")
+    own.add_argument("second", type=place, metavar="SECOND")
     args = parser.parse_args(argv)
     if args.run is merge and len(args.deltas) < 2:
         raise UserError("merge: give two deltas or more")

@@ -5,16 +5,17 @@ interrupted; `--continue-from` adds new edits to those of a finished run.
 """
 
 import argparse
+import shlex
 import shutil
 import sys
 import time
-from pathlib import Path
 
 from rich.console import Console
 
 from locft_jax import api, export
+from locft_jax.card import readme
 from locft_jax.commands import run_command
-from locft_jax.config import load_config
+from locft_jax.config import Config, load_config
 from locft_jax.data.capability import read_capability
 from locft_jax.data.requests import read_requests
 from locft_jax.data.streaming import extend, read_earlier, streaming_report, to_record
@@ -26,11 +27,12 @@ from locft_jax.errors import UserError
 from locft_jax.evaluation.metrics import make_probes
 from locft_jax.evaluation.report import plain, print_report
 from locft_jax.evaluation.run import check_probes
-from locft_jax.files import whole_folder, write_json, write_jsonl
+from locft_jax.files import write_json, write_jsonl
 from locft_jax.model.delta import save_delta
-from locft_jax.model.hf import load_opened, load_tokenizer, open_checkpoint, save_hf
+from locft_jax.model.hf import load_opened, load_tokenizer, open_checkpoint, save_hf, save_hf_at
 from locft_jax.model.sharding import make_mesh
 from locft_jax.progress import say
+from locft_jax.remote import check_prefix, place
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,11 +40,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     earlier = read_earlier(args.continue_from) if args.continue_from else None
     config = load_config(args.config, args.pairs, earlier.settings if earlier else None)
-    out = args.out or Path(config.save_model_dir or f"runs/{config.name}")
+    out, store = export.place_of(args.out or config.save_model_dir or f"runs/{config.name}")
     console = Console(markup=False, emoji=False)
 
     # Everything that can be wrong is looked at before any weight is loaded.
     export.check_out(out, args.overwrite, args.resume)
+    if store:
+        check_prefix(store, args.overwrite, args.resume)
     if config.data_path is None:
         raise UserError("data_path: no edits given; set data_path to a file of edits (JSON, JSONL or CSV)")
     data = read_requests(config.data_path, config.num_edits, config.on_conflict)
@@ -59,11 +63,11 @@ def main(argv: list[str] | None = None) -> None:
         probes = make_probes(data.requests, config.eval_sample, config.seed, config.augment_rephrases)
         check_probes(tokenizer, checkpoint.spec, probes, capability, config.chat_template)
     notes = check_fit(checkpoint, config, site, corpus, mesh)
-    export.check_space(out, checkpoint, site, config.export)
+    export.check_space(out, checkpoint, site, config.export, store)
     start = last_delta(earlier.folder, checkpoint, site) if earlier and args.start_from == "last" else None
     run = describe_run(config, data, capability, checkpoint, site, mesh, start, retained)
-    if args.resume and finished(out, run):
-        return console.print(plain(f"{out}/ holds this run, finished: nothing to resume"))
+    if args.resume and finished(out, run, store):
+        return console.print(plain(f"{store or out}/ holds this run, finished: nothing to resume"))
     checkpoints = open_run(out, config.checkpoint_every, run, args.resume)
     for note in notes:
         say(note)
@@ -76,11 +80,15 @@ def main(argv: list[str] | None = None) -> None:
         values = start.new if start else None
         result = api.edit(model, data, config, capability, start=values, checkpoints=checkpoints, show=True)
         begin = time.monotonic()
-        with whole_folder(out) as folder:
+        with export.results(out, store) as folder:
             if "delta" in config.export:
                 save_delta(result.delta, folder / "delta.safetensors")
             if "hf" in config.export:
-                save_hf(checkpoint, result.delta.new, folder / "hf")
+                files = readme(checkpoint.folder, result.delta.cards())
+                if store:
+                    save_hf_at(checkpoint, result.delta.new, store / "hf", files)
+                else:
+                    save_hf(checkpoint, result.delta.new, folder / "hf", files)
             if "orbax" in config.export:
                 export.save_orbax(checkpoint, result.delta.new, folder / "orbax")
             write_jsonl(folder / "edits.jsonl", map(to_record, data.requests))
@@ -93,9 +101,25 @@ def main(argv: list[str] | None = None) -> None:
             write_json(folder / "report.json", result.report)
             checkpoints.close()  # it lies in the folder that is replaced
             if args.keep_checkpoint:
-                shutil.move(checkpoints.folder / "steps", folder / "checkpoint")
+                shutil.copytree(checkpoints.folder / "steps", folder / "checkpoint")
     print_report(result.report, result.predictions, console)
-    console.print(plain(f"written to {out}/: " + ", ".join(sorted(p.name for p in out.iterdir()))))
+    if model.int8 and config.evaluate:
+        console.print(plain(f"note: {int8_note(str(store or out), config)}"))
+    written = {n.split("/")[0] for n in store.all_names()} if store else {p.name for p in out.iterdir()}
+    console.print(plain(f"written to {store or out}/: " + ", ".join(sorted(written))))
+
+
+def int8_note(out: str, config: Config) -> str:
+    """What the figures of a run with int8 frozen weights are figures of, and how to measure its result."""
+    quoted = lambda path: shlex.quote(str(path))  # noqa: E731
+    if "hf" in config.export:
+        model = quoted(f"{out}/hf")
+    else:
+        model = f"{quoted(config.model_name_or_path)} --delta {quoted(f'{out}/delta.safetensors')}"
+    return (
+        "these figures are of the model with int8 weights, what was written has full precision; "
+        f"python -m locft_jax.evaluate --model {model} --data {quoted(config.data_path)} measures that"
+    )
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -104,11 +128,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("config", nargs="?", help="YAML file; without it and without a model: the demo")
     add("--set", action="append", default=[], nargs="+", metavar="key=value", help="override a key")
-    add("--out", type=Path, help="folder for the results (default: save_model_dir, else runs/NAME)")
+    add("--out", type=place, help="folder or URL (gs://...) for the results (default: save_model_dir, "
+        "else runs/NAME)")  # fmt: skip
     add("--overwrite", action="store_true", help="replace an existing --out when the run is done")
     add("--resume", action="store_true", help="go on with the interrupted run in --out, if there is one")
     add("--keep-checkpoint", action="store_true", help="leave the last checkpoint in --out when done")
-    add("--continue-from", type=Path, metavar="OUT", help="add the edits to those of a finished run; its "
+    add("--continue-from", type=place, metavar="OUT", help="add the edits to those of a finished run; its "
         "settings are the defaults, and all edits are trained together")  # fmt: skip
     add("--start-from", choices=("base", "last"), default="base", help="with --continue-from: train from "
         "the base weights (default), or from where that run ended")  # fmt: skip

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -15,20 +14,21 @@ from locft_jax.data.requests import read_requests
 from locft_jax.evaluation.metrics import make_probes
 from locft_jax.evaluation.report import plain
 from locft_jax.evaluation.run import check_probes
-from locft_jax.files import write_whole_json
+from locft_jax.files import write_json
 from locft_jax.model.delta import check_delta, load_delta
 from locft_jax.model.hf import frozen_dtype, load_opened, load_tokenizer, open_checkpoint
 from locft_jax.model.memory import check_memory
 from locft_jax.model.sharding import make_mesh
+from locft_jax.remote import place
 
 
 def main(argv: list[str] | None = None) -> None:
     """config -> data -> model -> evaluation -> export."""
     parser = argparse.ArgumentParser(prog="python -m locft_jax.evaluate", description=__doc__)
     parser.add_argument("--model", required=True, help="model folder or Hub id")
-    parser.add_argument("--delta", type=Path, help="delta.safetensors to apply in memory first")
+    parser.add_argument("--delta", type=place, help="delta.safetensors to apply in memory first")
     parser.add_argument("--data", required=True, help="edits whose probes are asked: file or Hub id")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures and every answer")
+    parser.add_argument("--out", type=place, help="JSON file for the figures and every answer")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --out when done")
     parser.add_argument(
         "--set", action="append", default=[], nargs="+", metavar="key=value", help="override a key"
@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> None:
 
     probes = make_probes(data.requests, config.eval_sample, config.seed, config.augment_rephrases)
     check_probes(tokenizer, checkpoint.spec, probes, capability, config.chat_template)
-    check_memory(checkpoint.spec, mesh, frozen_dtype(checkpoint, config.weights).itemsize)
+    itemsize = frozen_dtype(checkpoint, config.weights).itemsize
+    check_memory(checkpoint.spec, mesh, itemsize, int8=config.weights == "int8")
 
     model = load_opened(checkpoint, tokenizer, mesh, config.weights)
     model = model.with_edits(delta.new) if delta else model
@@ -65,7 +66,8 @@ def main(argv: list[str] | None = None) -> None:
             table.add_row(key, f"{100 * value:.1f} %")
     Console().print(table)
     if args.out:
-        write_whole_json(args.out, {"model": args.model, **report, "predictions": lines})
+        with export.result_file(args.out) as part:
+            write_json(part, {"model": args.model, **report, "predictions": lines})
 
 
 if __name__ == "__main__":

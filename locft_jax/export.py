@@ -1,34 +1,118 @@
 """What a run leaves behind, apart from model/hf.py and model/delta.py: the orbax checkpoint, and where
 results may go."""
 
+import dataclasses
+import functools
 import math
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from locft_jax.editing.checkpoint import KEPT, saved_something
 from locft_jax.errors import UserError, reason
-from locft_jax.files import recover
-from locft_jax.model.hf import Checkpoint, read_tensor
+from locft_jax.files import beside, recover, whole_file, whole_folder
+from locft_jax.model.headers import NUMPY
+from locft_jax.model.hf import Checkpoint, read_tensor, save_hf, save_hf_at
 from locft_jax.model.memory import as_text
+from locft_jax.remote import Remote, check_prefix, is_url, open_remote, prefix, whole_prefix
+
+
+@dataclasses.dataclass(frozen=True)
+class Unread:
+    """A tensor to be read when its turn to be written has come."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
 
 
 def save_orbax(checkpoint: Checkpoint, new: Mapping[str, np.ndarray], out: Path) -> None:
     """The full edited model as an orbax checkpoint: flat {HF name: array}, HF layout, unstacked, in
     the checkpoint's dtypes, `config.json` beside it. Any JAX program restores it with any sharding:
-    `orbax.checkpoint.StandardCheckpointer().restore(folder)`. Raises OSError when it cannot be written."""
+    `orbax.checkpoint.StandardCheckpointer().restore(folder)`. Host memory holds a tensor at a time.
+    Raises OSError when it cannot be written."""
     import orbax.checkpoint as ocp
 
-    tree = {n: np.asarray(new[n]) if n in new else read_tensor(checkpoint, n) for n in checkpoint.tensors}
+    class OneByOne(ocp.type_handlers.NumpyHandler):  # itself it copies all arrays, then encodes all at once
+        async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
+            for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
+                for written in await super().serialize([value.read()], [info], [arg]):
+                    written.result()
+            return []
+
+    def leaf(name: str) -> Unread:
+        info = checkpoint.tensors[name]
+        read = functools.partial(read_tensor, checkpoint, name)
+        return Unread(info.shape, np.dtype(NUMPY[info.dtype]), read if name not in new else lambda: new[name])
+
+    types = ocp.type_handlers.create_type_handler_registry((Unread, OneByOne(deepcopy_host_arrays=False)))
     try:
-        with ocp.StandardCheckpointer() as saver:
-            saver.save(out.resolve(), tree)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=types)) as saver:
+            saver.save(out.resolve(), args=ocp.args.PyTreeSave({n: leaf(n) for n in checkpoint.tensors}))
     except Exception as e:  # tensorstore has its own kinds for a full disk
         raise OSError(f"the orbax checkpoint could not be written: {reason(e)}") from None
     shutil.copy2(checkpoint.folder / "config.json", out / "config.json")
+
+
+def local_place(out: str | Path) -> Path:
+    """Where a command writes that knows folders only. Raises UserError for a URL."""
+    if is_url(str(out)):
+        raise UserError(f"--out: {out} is a URL, this command writes to a folder; copy it when it is done")
+    return Path(out)
+
+
+def place_of(target: str | Path) -> tuple[Path, Remote | None]:
+    """The folder of a run, and where its results go if that is a URL: then the folder, in `runs/`, holds
+    only what lies here meanwhile, its checkpoints and the results until they are uploaded."""
+    if not is_url(target):
+        return Path(target), None
+    store = open_remote(str(target))
+    return Path("runs") / re.sub(r"[^\w.-]+", "-", store.url), store
+
+
+@contextmanager
+def results(out: Path, store: Remote | None) -> Iterator[Path]:
+    """The folder to write a run's results to (`files.whole_folder`, or `remote.whole_prefix`)."""
+    if store is None:
+        with whole_folder(out) as folder:
+            yield folder
+        return
+    with whole_prefix(store, beside(out.resolve())[0]) as folder:
+        yield folder
+    shutil.rmtree(out, ignore_errors=True)  # the checkpoints
+
+
+@contextmanager
+def result_file(out: str | Path) -> Iterator[Path]:
+    """A file to write that becomes `out`, also at a URL, when the block ends well."""
+    if not is_url(out):
+        with whole_file(Path(out)) as part:
+            yield part
+        return
+    with tempfile.TemporaryDirectory(prefix="locft-jax-") as folder:
+        yield Path(folder) / "file"
+        open_remote(str(out)).upload(Path(folder) / "file")
+
+
+def save_model(
+    checkpoint: Checkpoint,
+    edited: Mapping[str, np.ndarray],
+    out: str | Path,
+    other: Mapping[str, bytes | None],
+) -> None:
+    """`save_hf` to a folder or a URL, in place of what is there."""
+    if not is_url(out):
+        return save_hf(checkpoint, edited, Path(out), other)
+    store = open_remote(str(out))
+    with prefix(store, "config.json"):
+        save_hf_at(checkpoint, edited, store, other)
 
 
 def check_out(out: Path, overwrite: bool, resume: bool = False, proof: str = "report.json") -> None:
@@ -61,9 +145,23 @@ def check_out(out: Path, overwrite: bool, resume: bool = False, proof: str = "re
         raise UserError(f"--out: {above} cannot be written; choose another folder")
 
 
-def check_model_out(out: Path, overwrite: bool, source: Path) -> None:
-    """`check_out` for a model folder that is made of the one at `source`, which must outlive it; a folder
-    with others in it is no model folder that was written here."""
+def check_model_out(out: str | Path, overwrite: bool, source: Path | Remote) -> None:
+    """`check_out` for a model folder or URL that is made of the one at `source`, which must outlive it; a
+    folder with others in it is no model folder that was written here."""
+    if is_url(out):
+        store = open_remote(str(out))
+        if f"{source}/".startswith(f"{store}/"):
+            raise UserError(f"--out: {out} would replace the model it is made of; choose another prefix")
+        check_prefix(store, overwrite, proof="config.json")
+        folders = [name for name in store.all_names() if "/" in name]
+        if folders:
+            raise UserError(
+                f"--overwrite: {out} holds folders ({folders[0]}), not only a model; choose another"
+            )
+        return
+    out = Path(out)
+    if isinstance(source, Remote):
+        return check_out(out, overwrite, proof="config.json")
     place, source = out.resolve(), source.resolve()
     if place == source or place in source.parents:
         raise UserError(f"--out: {out} would replace the model it is made of; choose another folder")
@@ -73,12 +171,18 @@ def check_model_out(out: Path, overwrite: bool, source: Path) -> None:
         raise UserError(f"--overwrite: {out} holds folders ({inner[0]}), not only a model; choose another")
 
 
-def check_space(out: Path, checkpoint: Checkpoint, site: Sequence[str], wanted: Sequence[str]) -> None:
+def check_space(
+    out: Path,
+    checkpoint: Checkpoint,
+    site: Sequence[str],
+    wanted: Sequence[str],
+    store: Remote | None = None,
+) -> None:
     """Refuse, before any work, a disk on which the results (of the kinds `wanted`) will not fit. Their
-    sizes are upper bounds: orbax compresses."""
-    files = [p for p in checkpoint.folder.iterdir() if p.is_file() and not p.name.startswith(".")]
+    sizes are upper bounds: orbax compresses. What goes to a URL lies here first, but for hf."""
+    wanted = [kind for kind in wanted if not (store and kind == "hf")]
     sizes = {
-        "hf": sum(p.stat().st_size for p in files),
+        "hf": sum(checkpoint.files().values()),
         "delta": 2 * checkpoint.nbytes(site),
         "orbax": checkpoint.nbytes(),
     }
@@ -94,14 +198,21 @@ def check_space(out: Path, checkpoint: Checkpoint, site: Sequence[str], wanted: 
     parts = ", ".join(f"{k} {as_text(sizes[k])}" for k in wanted)
     fewer = [k for k in (["hf", "delta"], ["delta"]) if set(k) < set(wanted) and needed(k) <= free]
     remedy = f"use export=[{', '.join(fewer[0])}], or" if fewer else "make room, or use"
+    another = "another working directory: they lie there until they are uploaded" if store else ""
     raise UserError(
         f"--out: {place} has {as_text(free)} left, the results need about {as_text(needed(wanted))} "
-        f"({parts}, checkpoints while it runs {as_text(state)}); {remedy} an --out on another disk"
+        f"({parts}, checkpoints while it runs {as_text(state)}); {remedy} "
+        + (another or "an --out on another disk")
     )
 
 
-def check_file(out: Path, overwrite: bool) -> None:
-    """Refuse, before any work, a result file that exists already or cannot be written."""
+def check_file(out: str | Path, overwrite: bool) -> None:
+    """Refuse, before any work, a result file, here or at a URL, that exists already or cannot be written."""
+    if is_url(out):
+        if open_remote(str(out)).exists() and not overwrite:
+            raise UserError(f"--out: {out} already exists; choose another file, or add --overwrite")
+        return
+    out = Path(out)
     _look(out)
     if out.is_dir():
         raise UserError(f"--out: {out} is a folder; name a file in it, such as {out / 'figures.json'}")

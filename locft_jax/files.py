@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,27 @@ def write_jsonl(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """One JSON object a line."""
     with path.open("w", encoding="utf-8") as f:
         f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def append_jsonl(path: Path, line: Mapping[str, Any]) -> None:
+    """One more line; on the disk when this returns."""
+    with path.open("a", encoding="utf-8") as f:
+        f.write(json.dumps(line, ensure_ascii=False) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def kept_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The lines that `append_jsonl` left, [] where there is no file; without the one that was being written
+    when the process was killed."""
+    lines = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):
+                lines.append(json.loads(text))
+        with whole_file(path) as part:
+            write_jsonl(part, lines)
+    return lines
 
 
 def write_whole_json(out: Path, value: Any) -> None:
@@ -41,7 +62,7 @@ def whole_file(out: Path) -> Iterator[Path]:
     """A file to write that becomes `out` by renaming when the block ends well; on any error what was at
     `out` before stays as it was."""
     out = out.resolve()
-    part, _ = _beside(out)
+    part, _ = beside(out)
     try:
         yield part
         sync(part)
@@ -56,7 +77,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
     """A folder to fill that becomes `out` by renaming when the block ends well; on any error what was
     at `out` before stays as it was. A process that dies meanwhile leaves names to `recover`."""
     out = out.resolve()
-    part, old = _beside(out)
+    part, old = beside(out)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
@@ -77,7 +98,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
 def recover(out: Path) -> None:
     """Finish or take back what a `whole_folder` that was killed left undone."""
     out = out.resolve()
-    part, old = _beside(out)
+    part, old = beside(out)
     if old.exists() and not out.exists():
         os.replace(part if part.exists() else old, out)  # the new folder was complete
     shutil.rmtree(old, ignore_errors=True)
@@ -93,6 +114,6 @@ def _remove(folder: Path) -> None:
         time.sleep(0.1)
 
 
-def _beside(out: Path) -> tuple[Path, Path]:
+def beside(out: Path) -> tuple[Path, Path]:
     """Names of what is being made and of the folder it replaces: ours alone, nobody else's."""
     return out.with_name(f".{out.name}.locft-part"), out.with_name(f".{out.name}.locft-old")

@@ -9,11 +9,9 @@ import argparse
 import dataclasses
 import functools
 import json
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from locft_jax.commands import run_command
 from locft_jax.data.capability import CapabilityItem, read_capability
 from locft_jax.data.records import digest
 from locft_jax.data.requests import EditData, read_requests
-from locft_jax.editing.checkpoint import Interrupted, describe_run
+from locft_jax.editing.checkpoint import describe_run, resumable
 from locft_jax.editing.pipeline import NonFiniteLoss
 from locft_jax.editing.preserve import check_preserve
 from locft_jax.editing.retained import retained_texts
@@ -34,12 +32,14 @@ from locft_jax.errors import UserError
 from locft_jax.evaluation.metrics import make_probes
 from locft_jax.evaluation.report import plain
 from locft_jax.evaluation.run import check_probes
-from locft_jax.files import whole_folder
+from locft_jax.files import append_jsonl, whole_folder
+from locft_jax.locating.rule import FIGURES
+from locft_jax.locating.table import told
 from locft_jax.model.hf import Checkpoint, Model, load_opened, load_tokenizer, open_checkpoint
 from locft_jax.model.sharding import make_mesh
 from locft_jax.progress import say
 from locft_jax.sweeping.grid import Run, read_sweep
-from locft_jax.sweeping.table import FIGURES, Line, add_line, open_lines, print_table, write_results
+from locft_jax.sweeping.table import Line, open_lines, print_table, write_results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     """sweep file -> runs, all of them looked at -> every run edited and measured -> table, picture."""
     args = parse(argv)
     runs = read_sweep(args.sweep, args.pairs, args.config)
-    out = args.out or Path("runs") / args.sweep.stem
+    out = export.local_place(args.out or f"runs/{args.sweep.stem}")
     console = Console(markup=False, emoji=False)
 
     # Everything that can be wrong is looked at before any weight is loaded.
@@ -86,9 +86,9 @@ def main(argv: list[str] | None = None) -> None:
         if held is None or held[0] != key:
             held = None
             held = key, load_opened(job.checkpoint, job.tokenizer, job.mesh, job.run.config.weights)
-        with interrupted(folder, lines):
+        with resumable(folder, lambda: f"the {len(lines)} runs finished" if lines else None):
             line = measure(held[1], job)
-        add_line(folder, line)
+        append_jsonl(folder / "runs.jsonl", line)
         lines[job.run.name] = line
         console.print(plain("  " + told(line)))
     ordered = [lines[job.run.name] for job in jobs]
@@ -160,39 +160,10 @@ def measure(model: Model, job: Job) -> Line:
         "epochs": report["epochs_run"],
         "loss": report["epoch_losses"][-1],
         "stopped": report["stopped"],
-        "dynamics": report.get("dynamics", []),
+        "dynamics": report["dynamics"],
         "edit_seconds": report["seconds"]["edit"],
         "seconds": time.monotonic() - begin,
     }
-
-
-@contextmanager
-def interrupted(folder: Path, lines: Mapping[str, Line]) -> Iterator[None]:
-    """Around a run: SIGTERM and Ctrl-C say how to go on."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    old = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not lines:
-            raise Interrupted("nothing was written") from None
-        raise Interrupted(
-            f"the {len(lines)} runs finished so far can be found in {folder}: the same command with --resume "
-            "goes on with the others"
-        ) from None
-    finally:
-        signal.signal(signal.SIGTERM, old)
-
-
-def told(line: Line) -> str:
-    """A line's figures in a few words."""
-    if line["reliability"] is None:
-        return f"failed: {line['stopped']}"
-    shown = (f"{key} {100 * line[key]:.1f}" for key in FIGURES if line[key] is not None)
-    return ", ".join(shown)
 
 
 def finished(out: Path, known: Mapping[str, str]) -> bool:
@@ -219,7 +190,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="override a key in all runs",
     )
     add("--config", metavar="FILE|demo", help="in place of the `config` that the sweep file names")
-    add("--out", type=Path, help="folder for the results (default: runs/NAME)")
+    add("--out", help="folder for the results (default: runs/NAME)")
     add("--overwrite", action="store_true", help="replace an existing --out when the sweep is done")
     add("--resume", action="store_true", help="keep the runs that are finished in --out")
     args = parser.parse_args(argv)

@@ -57,7 +57,8 @@ def test_the_files_of_a_run(edit_run, tiny_model_dir):
         "delta.safetensors",
         "orbax",
     }
-    assert {p.name for p in (edit_run / "hf").iterdir()} == {p.name for p in tiny_model_dir.iterdir()}
+    base = {p.name for p in tiny_model_dir.iterdir()}
+    assert {p.name for p in (edit_run / "hf").iterdir()} == base | {"README.md"}  # the card
     assert [p.name for p in edit_run.parent.iterdir()] == ["edited"]  # no leftovers beside it
 
 
@@ -145,7 +146,7 @@ def test_the_delta_and_both_models_hold_the_same_tensors(edit_run, tiny_model_di
     assert (edit_run / "orbax" / "config.json").read_bytes() == base_files["config.json"]
     with safe_open(edit_run / "delta.safetensors", "np") as f:
         metadata = f.metadata()
-    told = {"fingerprint", "result", "tensors", "config", "data_sha256", "edits", "versions"}
+    told = {"fingerprint", "result", "tensors", "cards", "config", "data_sha256", "edits", "versions"}
     assert set(metadata) == told
     assert json.loads(metadata["config"])["lr"] == 1e-2 and metadata["edits"] == "12"
     assert "locft-jax" in json.loads(metadata["versions"])

@@ -12,7 +12,6 @@ from locft_jax import config as config_module
 from locft_jax.config import (
     _RULES,
     DEMO_FOLDER,
-    NOT_YET,
     Config,
     config_from_dict,
     config_to_dict,
@@ -47,7 +46,6 @@ def message(call, *args) -> str:
 
 def test_every_field_is_a_key_with_a_rule():
     assert {f.name for f in dataclasses.fields(Config)} == set(_RULES) | {"source"}
-    assert set(NOT_YET) <= set(_RULES)
 
 
 def test_defaults_are_the_references():
@@ -241,24 +239,6 @@ def test_source_is_not_a_key():
     assert "unknown key" in message(load_config, None, [MODEL, "source=x"])
 
 
-@pytest.mark.parametrize(
-    ("setting", "supported"),
-    [
-        ("weights=int8", "checkpoint, float32, bfloat16"),
-    ],
-)
-def test_what_is_not_built_yet_is_refused(setting, supported):
-    key, _, value = setting.partition("=")
-    assert message(load_config, None, [MODEL, setting]) == (
-        f"--set: `{key}: {value}` is not available in this version; supported: {supported}"
-    )
-
-
-def test_every_default_of_a_key_that_waits_is_supported():
-    for key, supported in NOT_YET.items():
-        assert getattr(Config(), key) in supported
-
-
 # ---------------------------------------------------------------- files
 
 
@@ -391,6 +371,10 @@ def test_the_papers_settings():
         "llama3-8b-counterfact",
         "mistral-7b-zsre",
         "qwen2.5-7b-zsre",
+        "qwen2.5-14b-zsre",
+        "qwen2.5-32b-zsre",
+        "qwen2.5-72b-zsre",
+        "qwen2.5-72b-zsre-100k",
     }
     down = "model.layers.{}.mlp.down_proj.weight"
     for stem, expected in {
@@ -398,6 +382,10 @@ def test_the_papers_settings():
         "llama3-8b-counterfact": (22, down, 5e-4),
         "mistral-7b-zsre": (23, "model.layers.{}", 5e-5),
         "qwen2.5-7b-zsre": (6, down, 5e-4),
+        "qwen2.5-14b-zsre": (11, down, 5e-4),
+        "qwen2.5-32b-zsre": (15, down, 5e-4),
+        "qwen2.5-72b-zsre": (19, down, 5e-4),
+        "qwen2.5-72b-zsre-100k": (19, down, 5e-4),
     }.items():
         c = settings_of[stem]
         assert (c.layer, c.rewrite_module, c.lr) == expected

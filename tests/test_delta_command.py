@@ -44,6 +44,7 @@ def runs(
     tied = make_tokenizer(make_model(place / "one", seed=1, tie_word_embeddings=True))
     base, run = make_variant(tied, place / "base", "bfloat16", files=4), place / "run"
     (base / "LICENSE").write_text("yours")
+    (base / "README.md").write_bytes(b"---\r\nlicense: other\r\n---\r\nno line end, Latin-1: \xe9")
     assert run_command(edit, edit_arguments(run, **QUICK, model_name_or_path=base)) == 0
     return {"single": (tiny_model_dir, edit_run), "sharded": (base, run)}
 
@@ -70,7 +71,9 @@ def test_apply_gives_the_runs_folder_and_revert_the_base(runs, tmp_path, capsys,
     base, run = runs[kind]
     before, exported = contents(base), contents(run / "hf")
     rewritten = {name for name in before if before[name] != exported[name]}
-    assert rewritten and all(name.endswith(".safetensors") for name in rewritten)
+    assert rewritten and all(name.endswith(".safetensors") for name in rewritten - {"README.md"})
+    assert exported["README.md"].startswith(before.get("README.md", b"---\nlibrary_name: transformers\n"))
+    rewritten -= {"README.md"}
     file = run / "delta.safetensors"
     delta("apply", file, "--model", base, "--out", tmp_path / "edited")
     assert contents(tmp_path / "edited") == exported
@@ -214,6 +217,46 @@ def test_a_composed_delta_does_what_both_do_one_after_the_other(edited, tiny_mod
     delta("merge", first, "--out", tmp_path / "no", status=2)
     assert "two deltas or more" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+def test_cards_are_stacked_and_taken_back_in_any_order(runs, tiny_model_dir, tmp_path):
+    """Two deltas with cards, of tensors apart: each edit's card comes and goes with it."""
+    _, run = runs["single"]
+    loaded = load_delta(run / "delta.safetensors")
+    for name, tensor, card in (("one", DOWN, "first card"), ("two", UP, "second card | `x` -->")):
+        checkpoint = hf.open_checkpoint(str(tiny_model_dir))
+        new = {tensor: np.full(checkpoint.tensors[tensor].shape, 0.5, np.float32)}
+        save_delta(make_delta(checkpoint, new, {"cards": [card]}), tmp_path / name)
+    assert len(loaded.cards()) == 1
+    delta("apply", tmp_path / "one", "--model", tiny_model_dir, "--out", tmp_path / "1")
+    delta("apply", tmp_path / "two", "--model", tmp_path / "1", "--out", tmp_path / "12")
+    delta("merge", tmp_path / "two", tmp_path / "one", "--out", tmp_path / "both")
+    delta("apply", tmp_path / "both", "--model", tiny_model_dir, "--out", tmp_path / "merged")
+    assert contents(tmp_path / "merged") == contents(tmp_path / "12")
+    readme = (tmp_path / "12" / "README.md").read_text()
+    assert readme.count("first card") == readme.count("second card") == 1
+    delta("compose", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "composed")
+    for undo in (["two", "one"], ["one", "two"], ["both"], ["composed"]):
+        model = tmp_path / "12"
+        for name in undo:
+            delta("revert", tmp_path / name, "--model", model, "--out", tmp_path / "-".join([*undo, name]))
+            model = tmp_path / "-".join([*undo, name])
+        assert contents(model) == contents(tiny_model_dir), undo
+
+
+def test_a_readme_that_was_written_meanwhile_stays(runs, tmp_path):
+    base, run = runs["sharded"]
+    model = shutil.copytree(run / "hf", tmp_path / "model")
+    text = (base / "README.md").read_bytes()
+    for own, left in ((b"mine", b"mine"), (text, text), (None, None)):
+        readme = model / "README.md"
+        readme.unlink(missing_ok=True)
+        if own is not None:
+            readme.write_bytes(own)
+        out = tmp_path / "out"
+        delta("revert", run / "delta.safetensors", "--model", model, "--out", out, "--overwrite")
+        got = out / "README.md"
+        assert (got.read_bytes() if got.exists() else None) == left
 
 
 def test_a_delta_is_as_large_as_what_it_edits(edited, tiny_model_dir):

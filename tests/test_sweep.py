@@ -125,6 +125,12 @@ def test_every_run_is_looked_at_before_any_weight_is_loaded(
     assert told in capsys.readouterr().err and not out.exists()
 
 
+def test_results_do_not_go_to_a_url(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_command(sweep.main, arguments("gs://bucket/sweep")) == 2
+    assert "gs://bucket/sweep is a URL" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_a_run_whose_loss_is_not_finite_is_a_line_that_says_so(arguments, tmp_path):
     out = tmp_path / "out"
     assert run_command(sweep.main, arguments(out, "grid: {lr: [1e-3, 1e38], num_steps: [3]}\n")) == 0

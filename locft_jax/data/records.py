@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple, NoReturn
 
 from locft_jax.errors import UserError
+from locft_jax.remote import is_url, open_file
 
 # A record's prompt, in order of preference; the first one that is present and not null counts.
 PROMPT = ("prompt", "src", "update", "question", "text")
@@ -44,19 +45,19 @@ class Record(NamedTuple):
 
 
 def open_records(source: str) -> tuple[str, Iterator[Record]]:
-    """(sha256, the records one by one) of a file or a Hub data set (`owner/name[:split]`).
+    """(sha256, the records one by one) of a file, here or at a URL, or a Hub set (`owner/name[:split]`).
 
     The hash is of the file's bytes, or `digest` of a Hub set. Raises UserError, also while iterating.
     """
     readers = {".json": _json_records, ".jsonl": _jsonl_records, ".csv": _csv_records}
     kind = os.path.splitext(source.lower().removesuffix(".gz"))[1]
-    if os.path.isfile(source):
+    if is_url(source) or os.path.isfile(source):
         if kind not in readers:
             kinds = ", ".join(readers)
             raise UserError(f"{source}: unknown kind of file; the name must end in {kinds}, or + .gz")
         try:
-            with open(source, "rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            with open_file(source) as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
         except OSError as error:
             raise UserError(f"{source} cannot be read: {error.strerror or error}") from None
         return sha256, _file_records(source, readers[kind])
@@ -69,10 +70,10 @@ def open_records(source: str) -> tuple[str, Iterator[Record]]:
 
 
 def _file_records(path: str, reader: Any) -> Iterator[Record]:
-    open_file = gzip.open if path.lower().endswith(".gz") else open
     try:
-        with open_file(path, "rb") as file:
-            yield from reader(file, path)
+        with open_file(path) as raw:
+            zipped = path.lower().endswith(".gz")
+            yield from reader(gzip.GzipFile(fileobj=raw) if zipped else raw, path)
     except EOFError:
         raise UserError(f"{path}: the gzip file is truncated; fetch or make it again") from None
     except (gzip.BadGzipFile, zlib.error) as error:

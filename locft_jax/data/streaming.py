@@ -15,6 +15,7 @@ from typing import Any
 from locft_jax.data.records import open_records
 from locft_jax.data.requests import EditData, EditRequest, requests_from_records
 from locft_jax.errors import UserError
+from locft_jax.remote import open_file
 
 
 def to_record(request: EditRequest) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def to_record(request: EditRequest) -> dict[str, Any]:
 class Earlier:
     """What an earlier run left: its requests, its report, and the folder."""
 
-    folder: Path
+    folder: str | Path
     requests: list[EditRequest]
     report: dict[str, Any]
 
@@ -56,12 +57,14 @@ class Earlier:
         return [list(row) for row in streaming["curve"]]
 
 
-def read_earlier(folder: Path) -> Earlier:
-    """The requests and the report of a finished run. Raises UserError when the folder holds none."""
+def read_earlier(folder: str | Path) -> Earlier:
+    """The requests and the report of a finished run in a folder or at a URL. Raises UserError when there is
+    none."""
     try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        with open_file(f"{folder}/report.json") as file:
+            report = json.loads(file.read())
         report["after"]["reliability"], report["config"]["seed"]  # noqa: B018 (what is used of it)
-        source = str(folder / "edits.jsonl")
+        source = f"{folder}/edits.jsonl"
         records = [record.value for record in open_records(source)[1]]
         batches = [int(record["batch"]) for record in records]
     except (OSError, ValueError, KeyError, TypeError) as e:

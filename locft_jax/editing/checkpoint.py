@@ -17,7 +17,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from safetensors import safe_open
 
 from locft_jax.config import Config, config_to_dict
 from locft_jax.data.capability import CapabilityItem
@@ -37,8 +36,9 @@ from locft_jax.editing.step import EditState
 from locft_jax.errors import UserError, reason
 from locft_jax.files import write_whole_json
 from locft_jax.model.delta import Delta, fingerprint
-from locft_jax.model.hf import Checkpoint, read_tensor
+from locft_jax.model.hf import Checkpoint, read_part, read_tensor
 from locft_jax.progress import say
+from locft_jax.remote import Remote, in_parallel
 from locft_jax.versions import versions
 
 # Keys that change nothing in a run's result: what they were may differ when a run goes on.
@@ -202,12 +202,16 @@ def base_digest(checkpoint: Checkpoint, site: Sequence[str]) -> str:
     """sha256 that tells one base model from another without reading it all: every tensor's name,
     dtype, shape and first row, and the whole of the site's tensors."""
     sha256 = hashlib.sha256(fingerprint(checkpoint, {n: read_tensor(checkpoint, n) for n in site}).encode())
-    for file in sorted({info.file for info in checkpoint.tensors.values()}):
-        with safe_open(checkpoint.folder / file, "np") as f:
-            for name in sorted(n for n, info in checkpoint.tensors.items() if info.file == file):
-                # A buffer without elements or dimensions has no first row.
-                whole = not checkpoint.tensors[name].shape or 0 in checkpoint.tensors[name].shape
-                sha256.update((f.get_tensor(name) if whole else f.get_slice(name)[:1]).tobytes())
+
+    def first_row(name: str) -> bytes:
+        shape = checkpoint.tensors[name].shape  # a buffer without elements or dimensions has no first row
+        return read_part(
+            checkpoint, name, tuple(slice(1 if d == 0 else None) for d in range(len(shape)))
+        ).tobytes()
+
+    names = sorted(checkpoint.tensors, key=lambda n: (checkpoint.tensors[n].file, n))
+    for row in in_parallel(first_row, names):
+        sha256.update(row)
     return sha256.hexdigest()
 
 
@@ -236,14 +240,17 @@ def describe_run(
     }
 
 
-def finished(out: Path, run: Mapping[str, Any]) -> bool:
-    """Whether `out` holds this run's results and nothing to go on from. Raises UserError where the
-    results are those of another run."""
-    report = _read(out / "report.json")
+def finished(out: Path, run: Mapping[str, Any], store: Remote | None = None) -> bool:
+    """Whether `out`, or `store`, holds this run's results and nothing to go on from. Raises UserError where
+    the results are those of another run."""
+    if store and (store / "report.json").exists():
+        report = json.loads((store / "report.json").read())
+    else:
+        report = _read(out / "report.json")
     if not isinstance(report, dict) or saved_something(out / "checkpoint"):
         return False
     found = {**report.get("config", {}), "data_sha256": report.get("data_sha256")}
-    check_same({k: v for k, v in found.items() if k in run and k != "mesh"}, run, out)
+    check_same({k: v for k, v in found.items() if k in run and k != "mesh"}, run, store or out)
     return True
 
 
@@ -273,7 +280,7 @@ def open_folder(out: Path, run: Mapping[str, Any], resume: bool) -> Path:
     return folder
 
 
-def check_same(found: Mapping[str, Any], run: Mapping[str, Any], where: Path) -> None:
+def check_same(found: Mapping[str, Any], run: Mapping[str, Any], where: Path | Remote) -> None:
     """Raise UserError naming what differs between the run that was `found` and this one."""
     run = json.loads(json.dumps(run))
     differ = [
@@ -289,6 +296,28 @@ def check_same(found: Mapping[str, Any], run: Mapping[str, Any], where: Path) ->
         )
     if "versions" in found and found["versions"] != run["versions"]:
         say("resuming with other versions of the libraries: the result may differ in its last bits")
+
+
+@contextmanager
+def resumable(folder: Path, kept: Callable[[], str | None]) -> Iterator[None]:
+    """Around a run that keeps what is finished as it goes: SIGTERM and Ctrl-C say how to go on. `kept`: what
+    lies in `folder` by then, None for nothing."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        what = kept()
+        if what is None:
+            raise Interrupted("nothing was written") from None
+        raise Interrupted(
+            f"{what} so far can be found in {folder}: the same command with --resume goes on from there"
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 @contextmanager

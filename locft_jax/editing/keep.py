@@ -18,12 +18,12 @@ import numpy as np
 from locft_jax.config import Config
 from locft_jax.data.tokens import Batch, corpus_from_lists, fit_shape, pack
 from locft_jax.editing.pipeline import place_batch
-from locft_jax.editing.prefix import Source, cached_source
+from locft_jax.editing.prefix import Source, cached_source, choose_mode
 from locft_jax.editing.step import Kept, target_logits
 from locft_jax.model.hf import Model
-from locft_jax.model.sharding import replicated
+from locft_jax.model.sharding import replicated, source_sharding, width_split
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Edits, Weights
+from locft_jax.model.weights import Edits, Weights, activation_dtype
 
 TOP = 32  # tokens of a target that are kept one by one
 TEXTS = 64  # of a mini-batch
@@ -44,11 +44,12 @@ def expected(
 
 
 def make_keep(
-    model: Model, edits: Source, config: Config, ids: Sequence[Sequence[int]]
+    model: Model, edits: Source, config: Config, ids: Sequence[Sequence[int]], budgets: tuple[float, float]
 ) -> Callable[[int], Kept | None]:
     """Number of the edits' mini-batch -> the retained one beside it, on the mesh (None when off). `edits`:
-    the edits' own source, whose layer and mode are used; `ids`: the retained texts, of which the first
-    `row_length` tokens count. What follows a text's last token is a target too."""
+    the edits' own source, whose layer is used; `ids`: the retained texts, of which the first `row_length`
+    tokens count; `budgets`: bytes (a device, host) for their activations, as in `choose_mode`. What follows
+    a text's last token is a target too."""
     if not config.preserve_kl:
         return lambda visit: None
     rng = np.random.default_rng([config.seed, len(ids)])
@@ -56,9 +57,9 @@ def make_keep(
     # A batch does not read a text's last token, so each gets one more.
     corpus = corpus_from_lists([[*part, part[-1]] for part in parts], np.ones(len(parts)))
     mesh, base, weights = model.mesh, model.edits, model.weights
-    source = cached_source(
-        model.spec, weights, corpus, edits.layer, edits.mode, mesh, config.row_length, base=base
-    )
+    size = len(corpus.tokens) * model.spec.d_model * activation_dtype(weights).itemsize
+    mode = choose_mode("auto", edits.layer, size, *budgets, width_split(mesh, model.spec.d_model))
+    source = cached_source(model.spec, weights, corpus, edits.layer, mode, mesh, config.row_length, base=base)
     which = np.array_split(np.arange(len(corpus)), math.ceil(len(corpus) / TEXTS))
     shape = fit_shape(corpus, which, config.row_length, mesh.shape["data"])
     everywhere = replicated(mesh)
@@ -68,7 +69,7 @@ def make_keep(
         batch = pack(corpus, own, shape, "token")
         assert batch is not None, "fit_shape saw every batch"
         array, batch = source.feed(batch)
-        return jax.device_put(array, everywhere), place_batch(batch, mesh)
+        return jax.device_put(array, source_sharding(mesh, array.shape)), place_batch(batch, mesh)
 
     known = [
         jax.tree.map(np.asarray, expected(model.spec, source.layer, weights, dict(base), *read(own)))

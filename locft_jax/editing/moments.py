@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from locft_jax.data.tokens import Batch, corpus_from_lists, even_rows, fit_shape, pack, sequential_batches
+from locft_jax.editing.pipeline import place_batch
 from locft_jax.model import decoder
-from locft_jax.model.sharding import replicated, rows_sharding
+from locft_jax.model.sharding import replicated, split_width, whole_width
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Edits, Weights, locate_tensor, weight_table
+from locft_jax.model.weights import Edits, Weights, activation_dtype, locate_tensor, weight_table
 
 ROWS, LABEL_ROWS = 64, 16  # of a batch of the pass that sums C up, and of the one for G (with all logits)
 INPUTS = {"q": "attn", "k": "attn", "v": "attn", "o": "o", "gate": "mlp", "up": "mlp", "down": "down"}
@@ -24,7 +25,7 @@ Place = tuple[int, str]  # layer, and a key (outputs) or a value (inputs) of INP
 
 def layer_inputs(
     spec: ModelSpec,
-    w: dict[str, jax.Array],
+    w: Weights,
     x: jax.Array,
     rows: Any,
     window: jax.Array,
@@ -37,11 +38,11 @@ def layer_inputs(
     k, v = decoder.keys_values(spec, w, h, rows.positions)
     mask = decoder.segment_mask(rows.segments, rows.positions, rows, window)
     attended = decoder.attention(decoder.queries(spec, w, h, rows.positions), k, v, mask)
-    x = x + decoder.linear(attended, w["o"], nudge.get("o"))
-    m = decoder.rms_norm(x, w["mlp_norm"], spec.rms_eps)
+    x = split_width(x + decoder.linear(attended, w["o"], nudge.get("o")))
+    m = whole_width(decoder.rms_norm(x, w["mlp_norm"], spec.rms_eps))
     gate = decoder.linear(m, w["gate"], nudge.get("gate"))
     f = jax.nn.silu(gate) * decoder.linear(m, w["up"], nudge.get("up"))
-    x = x + decoder.linear(f, w["down"], nudge.get("down"))
+    x = split_width(x + decoder.linear(f, w["down"], nudge.get("down")))
     return x, {"attn": h, "o": attended, "mlp": m, "down": f}
 
 
@@ -62,7 +63,7 @@ def _walk(
         x = decoder.run_layers(spec, weights, edits, x, rows, at, layer) if layer > at else x
         own = {m: a for (l, m), a in nudges.items() if l == layer}
 
-        def body(w: dict[str, jax.Array], l: Any, x: Any, layer: int = layer, own: Any = own) -> Any:
+        def body(w: Weights, l: Any, x: Any, layer: int = layer, own: Any = own) -> Any:
             x, inputs = layer_inputs(spec, w, x, rows, decoder.windows(spec)[layer], own)
             found.update({(layer, kind): a for kind, a in inputs.items()})
             return x
@@ -118,7 +119,7 @@ def _output_sums(
         own = jnp.take_along_axis(scores, labels[:, None], axis=1)[:, 0]
         return jnp.sum(jnp.where(used.reshape(-1), own, 0))
 
-    table, dtype = weight_table(spec), weights["embed"].dtype
+    table, dtype = weight_table(spec), activation_dtype(weights)
     nothing = {(l, m): jnp.zeros((*batch.index.shape, table[m].shape[0]), dtype) for l, m in wanted}
     return {place: _squares(g, used) for place, g in jax.grad(likelihood)(nothing).items()}
 
@@ -142,11 +143,7 @@ def _means(
     for which in batches:
         batch = pack(corpus, which, shape)
         assert batch is not None, "fit_shape saw every batch"
-        split = rows_sharding(mesh, batch.index.shape[0])
-        batch = jax.tree.map(
-            lambda a, s=split: jax.device_put(a, s if a.ndim == 2 else replicated(mesh)), batch
-        )
-        own = sums(tokens, batch)
+        own = sums(tokens, place_batch(batch, mesh))
         total = own if total is None else jax.tree.map(jnp.add, total, own)
     assert total is not None, "a corpus is never empty"
     return {place: value / sum(map(len, texts)) for place, value in total.items()}

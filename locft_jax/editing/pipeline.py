@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from locft_jax.data.tokens import Batch, Corpus, Shape, epoch_batches, fit_shape, pack
 from locft_jax.editing.prefix import Source
 from locft_jax.editing.step import EditState, Hyper, Kept, Sides, train_step
-from locft_jax.model.sharding import replicated, rows_sharding
+from locft_jax.model.sharding import replicated, rows_sharding, source_sharding
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights
 
@@ -68,10 +68,15 @@ class Outcome:
     stopped: str  # "loss_floor" | "epochs"
 
 
-def place_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """Send a packed batch to the mesh: rows split over `data`, target lists everywhere."""
+def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
+    """Where the arrays of a packed batch lie: rows split over `data`, target lists everywhere."""
     rows = rows_sharding(mesh, batch.index.shape[0])
-    return jax.tree.map(lambda a: jax.device_put(a, rows if a.ndim == 2 else replicated(mesh)), batch)
+    return jax.tree.map(lambda a: rows if a.ndim == 2 else replicated(mesh), batch)
+
+
+def place_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """Send a packed batch to the mesh."""
+    return jax.device_put(batch, batch_shardings(batch, mesh))
 
 
 def run_shape(corpus: Corpus, schedule: Schedule, mesh: Mesh) -> Shape:
@@ -207,7 +212,8 @@ def run_pipeline(
             batch = pack(corpus, corpus.examples_of(which), shape, schedule.average)
             assert batch is not None, "run_shape saw every batch"
             array, batch = source.feed(batch)
-            yield which, jax.device_put(array, everywhere), place_batch(batch, mesh), keep(visit)
+            place = source_sharding(mesh, array.shape)
+            yield which, jax.device_put(array, place), place_batch(batch, mesh), keep(visit)
 
     records = list(done)
     pending: tuple[int, np.ndarray, jax.Array] | None = None

@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 from locft_jax.data.tokens import Batch, Corpus, Rows, even_rows, fit_shape, pack, sequential_batches
 from locft_jax.errors import UserError
 from locft_jax.model import decoder
-from locft_jax.model.sharding import replicated, rows_sharding
+from locft_jax.model.sharding import replicated, rows_sharding, source_sharding
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Edits, Weights
+from locft_jax.model.weights import Edits, Weights, activation_dtype
 
 MODES = ("device", "host", "disk", "off")
 
@@ -49,15 +49,17 @@ def token_source(corpus: Corpus, mesh: Mesh) -> Source:
     return Source(jax.device_put(corpus.tokens, replicated(mesh)), 0, "off")
 
 
-def choose_mode(mode: str, layer: int, size: int, device_budget: float, host_budget: float) -> str:
-    """Where `size` bytes of activations go. `auto`: the device, else the host, else a file; a site at
-    layer 0 has nothing below it. Budgets in bytes.
+def choose_mode(
+    mode: str, layer: int, size: int, device_budget: float, host_budget: float, split: int = 1
+) -> str:
+    """Where `size` bytes of activations go, of which a device would hold a `split`th. `auto`: the device,
+    else the host, else a file; a site at layer 0 has nothing below it. Budgets in bytes.
 
     Raises UserError when a mode that was asked for exceeds its budget.
     """
     if layer == 0 or mode == "off":
         return "off"
-    budgets = {"device": device_budget, "host": host_budget, "disk": float("inf")}
+    budgets = {"device": device_budget * split, "host": host_budget, "disk": float("inf")}
     if mode == "auto":
         return next(m for m, budget in budgets.items() if size <= budget)
     if size > budgets[mode]:
@@ -88,7 +90,10 @@ def empty_values(mode: str, shape: tuple[int, int], dtype: Any, folder: Path | N
 
 def filled_source(values: np.ndarray, layer: int, mode: str, mesh: Mesh) -> Source:
     """What `empty_values` gave, with activations in it, where `mode` wants it."""
-    return Source(jax.device_put(values, replicated(mesh)) if mode == "device" else values, layer, mode)
+    there = mode == "device"
+    return Source(
+        jax.device_put(values, source_sharding(mesh, values.shape)) if there else values, layer, mode
+    )
 
 
 def cached_source(
@@ -108,7 +113,7 @@ def cached_source(
     cache is an unnamed file in `folder`; `base`: edits that the model already carries."""
     if mode == "off":
         return token_source(corpus, mesh)
-    values = empty_values(mode, (len(corpus.tokens), spec.d_model), weights["embed"].dtype, folder)
+    values = empty_values(mode, (len(corpus.tokens), spec.d_model), activation_dtype(weights), folder)
     for batch in _passes(corpus, mesh, row_length, most_rows):
         ids = jax.device_put(corpus.tokens[batch.index], rows_sharding(mesh, len(batch.index)))
         out = np.asarray(prefix_pass(spec, layer, weights, base, ids, batch.rows))
@@ -151,12 +156,13 @@ def advance(
     is used up where it lies on the host or on disk (its array is written over)."""
     values = source.values
     if isinstance(values, jax.Array) or values.ndim == 1:
-        values = empty_values(mode, (len(corpus.tokens), spec.d_model), weights["embed"].dtype)
+        values = empty_values(mode, (len(corpus.tokens), spec.d_model), activation_dtype(weights))
     layer = jax.device_put(np.int32(source.layer), replicated(mesh))
     for batch in _passes(corpus, mesh, row_length, most_rows):
         array, fed = source.feed(batch)
         index, rows = jax.device_put((fed.index, fed.rows), rows_sharding(mesh, len(fed.index)))
-        out = layer_pass(spec, weights, layer, jax.device_put(array, replicated(mesh)), index, rows)
+        place = source_sharding(mesh, array.shape)
+        out = layer_pass(spec, weights, layer, jax.device_put(array, place), index, rows)
         used = batch.rows.segments > 0
         values[batch.index[used]] = np.asarray(out)[used]
     return filled_source(values, source.layer + 1, mode, mesh)

@@ -3,7 +3,6 @@ model itself writes."""
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from locft_jax.model.hf import Model
 from locft_jax.model.sharding import rows_sharding
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights
+from locft_jax.remote import open_file
 
 SAMPLES, SAMPLE_LENGTH, SAMPLE_ROWS = 512, 32, 128  # sequences of so many tokens at most, so many at once
 
@@ -44,10 +44,10 @@ def retained_texts(config: Config, requests: Sequence[EditRequest]) -> list[str]
         return None
     if source == "templates":
         return template_texts(requests, config.seed)
-    path = Path(source)
-    if path.suffix == ".txt":
+    if source.endswith(".txt"):
         try:
-            texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            with open_file(source) as file:
+                texts = [line.strip() for line in file.read().decode().splitlines()]
         except (OSError, ValueError) as e:
             raise UserError(f"preserve_data: {source} cannot be read as UTF-8 text ({e})") from None
     else:

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +26,8 @@ from locft_jax.editing.step import Hyper, init_state
 from locft_jax.errors import UserError
 from locft_jax.model.delta import Delta, check_delta, load_delta
 from locft_jax.model.hf import Checkpoint, Model, frozen_dtype, to_checkpoint_dtype
-from locft_jax.model.memory import as_text, check_memory, host_memory, step_of
+from locft_jax.model.memory import check_memory, step_of
+from locft_jax.model.sharding import width_split
 from locft_jax.model.spec import ModelSpec
 
 
@@ -99,17 +101,13 @@ def check_fit(
     """Warnings of memory that may not suffice. Raises UserError, before any weight is loaded, where it
     certainly does not, or as `choose_mode` does."""
     spec, itemsize = checkpoint.spec, frozen_dtype(checkpoint, config.weights).itemsize
+    int8 = config.weights == "int8"
     layer = first_layer(spec, site)
     cache = len(corpus.tokens) * spec.d_model * itemsize
-    choose_mode(config.prefix_cache, layer, cache, *memory_budgets(config.memory_budget))
+    split = width_split(mesh, spec.d_model)
+    choose_mode(config.prefix_cache, layer, cache, *memory_budgets(config.memory_budget), split)
     step = step_of(corpus, config.batch_size, config.row_length, layer)
-    notes = check_memory(spec, mesh, itemsize, site, step)
-    if "orbax" in config.export and checkpoint.nbytes() > host_memory():
-        notes.append(
-            f"the orbax export gathers {as_text(checkpoint.nbytes())} in host memory, where "
-            f"{as_text(host_memory())} are free; export=[hf, delta] needs less"
-        )
-    return notes
+    return check_memory(spec, mesh, itemsize, site, step, int8=int8)
 
 
 def run_edit(
@@ -135,9 +133,12 @@ def run_edit(
     """
     begin = time.monotonic()
     layer = first_layer(model.spec, site)
-    base = model.edits
-    given = base if start is None else model.with_edits(start, np.float32).edits
+    base, originals = model.edits, model.originals(site)
+    given: dict[str, Any] = {**originals, **base, **(start or {})}
     state = init_state(read_site(model.spec, model.weights, site, model.mesh, given))
+    if config.norm_constraint is not None:  # a step looks at what it began from
+        base = model.with_edits(originals, np.float32).edits
+    del originals, given
     done: list[StepRecord] = []
     if checkpoints is not None:
         state, done = checkpoints.restore(state) or (state, done)
@@ -151,7 +152,7 @@ def run_edit(
         )
     ids = retained_ids(model, config, retained)
     preserve = make_preserve(model, site, config, ids)
-    keep = make_keep(model, source, config, ids)
+    keep = make_keep(model, source, config, ids, memory_budgets(config.memory_budget))
     exported = lambda theta: to_checkpoint_dtype(model.checkpoint, materialize(theta, base))  # noqa: E731
     look = lambda state, records: watch(exported(state.theta), records) if watch else None  # noqa: E731
     outcome = run_pipeline(
@@ -182,13 +183,14 @@ def run_edit(
 def cache_mode(model: Model, corpus: Corpus, layer: int, config: Config) -> str:
     """Where the activations that enter `layer` are kept, as `choose_mode` says."""
     size = len(corpus.tokens) * model.spec.d_model * np.dtype(model.dtype).itemsize
-    return choose_mode(config.prefix_cache, layer, size, *memory_budgets(config.memory_budget))
+    budgets, split = memory_budgets(config.memory_budget), width_split(model.mesh, model.spec.d_model)
+    return choose_mode(config.prefix_cache, layer, size, *budgets, split)
 
 
-def last_delta(folder: Path, checkpoint: Checkpoint, site: Sequence[str]) -> Delta:
+def last_delta(folder: str | Path, checkpoint: Checkpoint, site: Sequence[str]) -> Delta:
     """The delta of an earlier run, to begin with. Raises UserError unless it was made on this model and
     tunes this site."""
-    delta = load_delta(folder / "delta.safetensors")
+    delta = load_delta(f"{folder}/delta.safetensors")
     check_delta(checkpoint, delta)
     if set(delta.new) != set(site):
         raise UserError(
@@ -199,11 +201,12 @@ def last_delta(folder: Path, checkpoint: Checkpoint, site: Sequence[str]) -> Del
 
 
 def memory_budgets(stated: float | None) -> tuple[float, float]:
-    """(device, host) bytes that caches may take: what was stated (GiB), else 80 % of what is free."""
+    """Bytes that caches may take (on each device, on the host): what was stated (GiB), else 80 % of what
+    is free."""
     if stated is not None:
         return stated * 2**30, stated * 2**30
     host = 0.8 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
-        return host, host  # the device is the host
+        return host / len(jax.local_devices()), host  # the devices are the host
     return 0.8 * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)), host

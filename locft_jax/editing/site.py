@@ -4,10 +4,11 @@
 low-rank and expert sites will differ only in `materialize`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from locft_jax.errors import UserError
@@ -75,15 +76,16 @@ def read_site(
     weights: Weights,
     site: Sequence[str],
     mesh: Mesh,
-    base: Edits = {},  # noqa: B006 (never written to)
+    base: Mapping[str, jax.Array | np.ndarray] = {},  # noqa: B006 (never written to)
 ) -> Theta:
-    """The site's tensors (those of `base`, edits that the model carries, first) as float32 masters,
-    each its own leaf, sharded by the weight table."""
+    """The site's tensors (those of `base` first: edits that the model carries, and what it holds as int8)
+    as float32 masters, each its own leaf, sharded by the weight table."""
     theta = {}
     for name in site:
         row, _ = locate_tensor(spec, name)
         own = base[name] if name in base else take_tensor(spec, weights, name)
-        value = jnp.array(own, jnp.float32)  # a copy: it will be donated
+        # A copy, as it will be donated; what lies on the host must not pass through one device.
+        value = np.array(own, np.float32) if isinstance(own, np.ndarray) else jnp.array(own, jnp.float32)
         theta[name] = jax.device_put(value, tensor_sharding(mesh, spec, row, stacked=False))
     return theta
 

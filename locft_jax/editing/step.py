@@ -169,7 +169,8 @@ def train_step(
 
 
 def bounded(spec: ModelSpec, theta: Theta, weights: Weights, base: Edits, bound: float | None) -> Theta:
-    """theta clipped to what stands in the model (edits `base` first) +- `bound`; None: as it is."""
+    """theta clipped to what stands in the model (`base` first: edits, and what it holds as int8) +- `bound`;
+    None: as it is."""
     if bound is None:
         return theta
     own = {n: jnp.float32(base[n] if n in base else take_tensor(spec, weights, n)) for n in theta}

@@ -30,9 +30,9 @@ from locft_jax.editing.prefix import Source, advance, empty_values, filled_sourc
 from locft_jax.editing.step import target_logits
 from locft_jax.evaluation.generate import MOST, Pool, Reader, read_batch
 from locft_jax.model import decoder
-from locft_jax.model.sharding import replicated
+from locft_jax.model.sharding import replicated, source_sharding
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Edits, Weights
+from locft_jax.model.weights import Edits, Weights, activation_dtype
 
 ROWS = 32  # packed rows of a pass
 
@@ -80,7 +80,7 @@ def score_corpus(
     source = source or token_source(corpus, reader.mesh)
     for chunk, batch, _ in packed(corpus, which, reader):
         array, fed = source.feed(batch)
-        array = jax.device_put(array, replicated(reader.mesh))
+        array = jax.device_put(array, source_sharding(reader.mesh, array.shape))
         best, logprob = score_batch(
             reader.spec, source.layer, reader.weights, reader.edits, array, place_batch(fed, reader.mesh)
         )
@@ -223,7 +223,7 @@ def _read(reader: Reader, asked: _Questions, todo: Sequence[int], kept: ProbeCac
     fill = kept if kept is not None and kept.corpus is None else None
     if fill is not None:
         fill.corpus, fill.numbers = corpus, {key: n for n, key in enumerate(_keys(corpus))}
-        values = empty_values(fill.mode, (len(corpus.tokens), spec.d_model), reader.weights["embed"].dtype)
+        values = empty_values(fill.mode, (len(corpus.tokens), spec.d_model), activation_dtype(reader.weights))
     tokens = jax.device_put(corpus.tokens, replicated(mesh))
     pool, unread = None, len(corpus)
 

@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 
 from locft_jax.data.tokens import Batch, few_sizes
 from locft_jax.model import decoder
-from locft_jax.model.sharding import cache_sharding, replicated
+from locft_jax.model.sharding import cache_sharding, replicated, split_heads
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Edits, Weights
+from locft_jax.model.weights import Edits, Weights, activation_dtype
 
 MOST = 256  # rows of a full pool
 LEAST = 16  # rows of the smallest: a smaller one is no faster, its time is that of reading the weights
@@ -62,17 +62,17 @@ def read_batch(
     what enters `layer` [B, T, D], keys and values [L, B, T, K, H] each)."""
     batch_size, time = batch.index.shape
     shape = (spec.n_layers, batch_size, time, spec.n_kv_heads, spec.head_dim)
-    empty = jnp.zeros(shape, weights["embed"].dtype)
+    empty = jnp.zeros(shape, activation_dtype(weights))
     windows, last = decoder.windows(spec), spec.n_layers - 1
 
     def keep(layer: Any, carry: tuple, x: jax.Array, new: decoder.KeysValues) -> tuple:
         put = lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, layer, 0)  # noqa: E731
         return x, *(put(a, b) for a, b in zip(carry[1:], new, strict=True))
 
-    def body(w: dict[str, jax.Array], l: Any, carry: tuple) -> tuple:
+    def body(w: Weights, l: Any, carry: tuple) -> tuple:
         return keep(l, carry, *decoder.block(spec, w, carry[0], batch.rows, windows[l]))
 
-    def end(w: dict[str, jax.Array], l: Any, carry: tuple) -> tuple:
+    def end(w: Weights, l: Any, carry: tuple) -> tuple:
         return keep(l, carry, *decoder.last_block(spec, w, carry[0], batch.rows, windows[l], batch.targets))
 
     carry = (decoder.embed(spec, weights, edits, tokens[batch.index]), empty, empty)
@@ -131,7 +131,7 @@ def decode(
         distance = jnp.concatenate([read - old + age, jnp.broadcast_to(new, s.said.shape)], axis=1)
         seen = jnp.concatenate([old >= s.pads[:, None], new <= age], axis=1)  # [R, P + N]
 
-        def body(w: dict[str, jax.Array], l: Any, carry: tuple) -> tuple:
+        def body(w: Weights, l: Any, carry: tuple) -> tuple:
             x, keys, values = carry
             h = decoder.rms_norm(x, w["attn_norm"], spec.rms_eps)
             k, v = decoder.keys_values(spec, w, h, positions)
@@ -166,11 +166,11 @@ def decode(
 def attend(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
     """One query a row: q [R, N, H], keys [R, K, H, C], values [R, K, C, H], mask [R, C] -> [R, N * H]."""
     rows, heads, width = q.shape
-    q = q.reshape(rows, keys.shape[1], -1, width)
+    q = split_heads(q).reshape(rows, keys.shape[1], -1, width)
     scores = jnp.einsum("rkgh,rkhc->rkgc", q, keys, preferred_element_type=jnp.float32) * width**-0.5
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     out = jnp.einsum("rkgc,rkch->rkgh", jax.nn.softmax(scores).astype(values.dtype), values)
-    return out.reshape(rows, heads * width)
+    return split_heads(out.reshape(rows, heads, width)).reshape(rows, heads * width)
 
 
 @jax.jit
@@ -180,18 +180,24 @@ def keep_rows(pool: Rows, rows: jax.Array) -> Rows:
     return Rows(keys=pool.keys[:, rows], values=pool.values[:, rows], step=pool.step, **kept)
 
 
-def _empty(reader: Reader, rows: int, slots: int, new_tokens: int) -> Rows:
-    """A pool with nobody in it."""
-    spec, mesh, dtype = reader.spec, reader.mesh, reader.weights["embed"].dtype
+def pool_like(spec: ModelSpec, mesh: Mesh, dtype: Any, rows: int, slots: int, new_tokens: int) -> Rows:
+    """Shapes and shardings of a pool."""
     heads, width, length = spec.n_kv_heads, spec.head_dim, slots + new_tokens
     cache, row = (cache_sharding(mesh, rows, heads, axis) for axis in (1, 0))
+    like = lambda shape, dtype, sharding: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)  # noqa: E731
     return Rows(
-        keys=jnp.zeros((spec.n_layers, rows, heads, width, length), dtype, device=cache),
-        values=jnp.zeros((spec.n_layers, rows, heads, length, width), dtype, device=cache),
-        **{n: jnp.zeros(rows, jnp.int32, device=row) for n in ("pads", "begun", "left", "made", "token")},
-        said=jnp.zeros((rows, new_tokens), jnp.int32, device=row),
-        step=jnp.zeros((), jnp.int32, device=replicated(mesh)),
+        keys=like((spec.n_layers, rows, heads, width, length), dtype, cache),
+        values=like((spec.n_layers, rows, heads, length, width), dtype, cache),
+        **{n: like((rows,), jnp.int32, row) for n in ("pads", "begun", "left", "made", "token")},
+        said=like((rows, new_tokens), jnp.int32, row),
+        step=like((), jnp.int32, replicated(mesh)),
     )
+
+
+def _empty(reader: Reader, rows: int, slots: int, new_tokens: int) -> Rows:
+    """A pool with nobody in it."""
+    like = pool_like(reader.spec, reader.mesh, activation_dtype(reader.weights), rows, slots, new_tokens)
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding), like)
 
 
 class Pool:

@@ -25,6 +25,7 @@ from locft_jax.evaluation.metrics import (
     stop_tables,
 )
 from locft_jax.model.hf import Model
+from locft_jax.model.sharding import width_split
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits
 
@@ -153,7 +154,8 @@ def _cache_mode(model: Model, asked: Asked, layer: int, config: Config, beside: 
     texts = sum(len(p) + len(g) + 1 for p, g in zip(asked.prompts, asked.guesses, strict=True))
     size = (texts + beside) * model.spec.d_model * np.dtype(model.dtype).itemsize
     try:
-        return choose_mode(config.prefix_cache, layer, size, *memory_budgets(config.memory_budget))
+        budgets, split = memory_budgets(config.memory_budget), width_split(model.mesh, model.spec.d_model)
+        return choose_mode(config.prefix_cache, layer, size, *budgets, split)
     except UserError:  # the mode that was asked for holds the edit's own at most
         return "off"
 

@@ -40,14 +40,7 @@ def draw_curves(lines: Sequence[Line], before: Mapping[str, float | None], title
         axis.tick_params(labelsize=11, labelbottom=True)
         axis.grid(color="#dddddd")
         axis.set_xlabel("layer", fontsize=12)
-    for axis in axes[len(keys) :]:
-        axis.set_visible(False)
-    found = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
-    figure.legend(
-        found.values(), found.keys(), loc="outside lower center", ncols=6, fontsize=12, frameon=False
-    )
-    figure.suptitle(title, fontsize=14)
-    figure.savefig(out, dpi=110)
+    finish(figure, axes, len(keys), title, out, legend=6)
 
 
 def draw_heat_maps(lines: Sequence[Line], top: tuple[int, str], title: str, out: Path) -> None:
@@ -87,10 +80,7 @@ def draw_heat_maps(lines: Sequence[Line], top: tuple[int, str], title: str, out:
         at = layers.index(top[0]) - 0.5, modules.index(top[1]) - 0.5
         axis.add_patch(Rectangle(at, 1, 1, fill=False, edgecolor="#D55E00", linewidth=3, clip_on=False))
         figure.colorbar(image, ax=axis, fraction=0.04, pad=0.02)
-    for axis in axes[len(keys) :]:
-        axis.set_visible(False)
-    figure.suptitle(title, fontsize=14)
-    figure.savefig(out, dpi=110)
+    finish(figure, axes, len(keys), title, out)
 
 
 def _with(lines: Sequence[Line], key: str, module: str) -> list[Line]:
@@ -105,3 +95,16 @@ def new_figure(width: float, height: float) -> Any:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def finish(figure: Any, axes: Sequence[Any], used: int, title: str, out: Path, legend: int = 0) -> None:
+    """Hide the panels beyond the first `used`, and save; `legend`: columns of what the first one shows."""
+    for axis in axes[used:]:
+        axis.set_visible(False)
+    if legend:
+        found = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+        figure.legend(
+            found.values(), found.keys(), loc="outside lower center", ncols=legend, fontsize=12, frameon=False
+        )
+    figure.suptitle(title, fontsize=14)
+    figure.savefig(out, dpi=110)

@@ -9,9 +9,7 @@ checkpoint/compiled/     compiled programs (locating/compiled.py)
 import csv
 import dataclasses
 import json
-import os
 import shutil
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,10 +18,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from locft_jax.editing.checkpoint import Interrupted, check_same, open_folder, saved_something
+from locft_jax.editing.checkpoint import check_same, open_folder, resumable, saved_something
 from locft_jax.evaluation.report import plain
 from locft_jax.evaluation.run import Answers
-from locft_jax.files import whole_file, write_json, write_jsonl, write_whole_json
+from locft_jax.files import append_jsonl, kept_jsonl, write_json, write_whole_json
 from locft_jax.locating.places import Place
 from locft_jax.locating.rule import ranked, recommend, worth_showing
 
@@ -45,10 +43,7 @@ class Table:
         """One more line; on the disk when this returns."""
         self.lines.append(line)
         self.seen.add((line["layer"], line["module"]))
-        with (self.folder / "sites.jsonl").open("a", encoding="utf-8") as f:
-            f.write(json.dumps(line, ensure_ascii=False) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
+        append_jsonl(self.folder / "sites.jsonl", line)
         return line
 
     def keep_before(self, before: Answers) -> None:
@@ -65,21 +60,13 @@ class Table:
     def kept(self) -> Iterator[None]:
         """Around a run: SIGTERM and Ctrl-C say how to go on; a run that has saved nothing leaves nothing."""
 
-        def stop(number: int, frame: Any) -> None:
-            raise KeyboardInterrupt
+        def left() -> str | None:
+            return f"the {len(self.lines)} sites measured" if saved_something(self.folder) else None
 
-        old = signal.signal(signal.SIGTERM, stop)
         try:
-            yield
-        except KeyboardInterrupt:
-            if not saved_something(self.folder):
-                raise Interrupted("nothing was written") from None
-            raise Interrupted(
-                f"the {len(self.lines)} sites measured so far can be found in {self.folder}: the same "
-                "command with --resume goes on from there"
-            ) from None
+            with resumable(self.folder, left):
+                yield
         finally:
-            signal.signal(signal.SIGTERM, old)
             if self.folder.exists() and not saved_something(self.folder):
                 shutil.rmtree(self.folder, ignore_errors=True)
                 with suppress(OSError):
@@ -91,13 +78,7 @@ def open_table(out: Path, run: Mapping[str, Any], resume: bool) -> Table:
     what differs when they are another run's."""
     folder = open_folder(out, run, resume)
     folder.mkdir(parents=True, exist_ok=True)
-    path, lines = folder / "sites.jsonl", []
-    if path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):  # the line that was being written when the run was killed
-                lines.append(json.loads(text))
-        with whole_file(path) as part:
-            write_jsonl(part, lines)
+    lines = kept_jsonl(folder / "sites.jsonl")
     write_whole_json(folder / "run.json", run)
     return Table(folder, lines)
 

@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from locft_jax.data.tokens import Rows, Targets
+from locft_jax.model.quantize import Quantized, product, take_rows
+from locft_jax.model.sharding import for_keys, split_width, whole_width
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Edits, Weights, split_edits
+from locft_jax.model.weights import Edits, Weights, activation_dtype, split_edits
 
-Body = Callable[[dict[str, jax.Array], Any, Any], Any]
+Body = Callable[[Weights, Any, Any], Any]
 KeysValues = tuple[jax.Array, jax.Array]  # [B, T, K, H] each
 
 
@@ -29,9 +31,9 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return x32.astype(x.dtype) * scale
 
 
-def linear(x: jax.Array, w: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+def linear(x: jax.Array, w: jax.Array | Quantized, bias: jax.Array | None = None) -> jax.Array:
     """x [..., D], w [F, D] (HF layout) -> [..., F]."""
-    y = jnp.einsum("...d,fd->...f", x, w)
+    y = product(x, w, x.dtype) if isinstance(w, Quantized) else jnp.einsum("...d,fd->...f", x, w)
     return y if bias is None else y + bias
 
 
@@ -68,16 +70,16 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
     return out.reshape(batch, time, heads * width)
 
 
-def queries(spec: ModelSpec, w: dict[str, jax.Array], x: jax.Array, positions: jax.Array) -> jax.Array:
+def queries(spec: ModelSpec, w: Weights, x: jax.Array, positions: jax.Array) -> jax.Array:
     """Normed x [..., D] at positions [...] -> rotated queries [..., N, H]."""
-    q = linear(x, w["q"], w.get("q_bias")).reshape(*x.shape[:-1], spec.n_heads, spec.head_dim)
+    q = linear(whole_width(x), w["q"], w.get("q_bias")).reshape(*x.shape[:-1], spec.n_heads, spec.head_dim)
     q = rms_norm(q, w["q_norm"], spec.rms_eps) if spec.qk_norm else q
     return rotate(q, positions, rope_frequencies(spec))
 
 
-def keys_values(spec: ModelSpec, w: dict[str, jax.Array], x: jax.Array, positions: jax.Array) -> KeysValues:
+def keys_values(spec: ModelSpec, w: Weights, x: jax.Array, positions: jax.Array) -> KeysValues:
     """Normed x [..., D] at positions [...] -> rotated keys and values, each [..., K, H]."""
-    shape = (*x.shape[:-1], spec.n_kv_heads, spec.head_dim)
+    shape, x = (*x.shape[:-1], spec.n_kv_heads, spec.head_dim), for_keys(x, spec.n_kv_heads)
     k = linear(x, w["k"], w.get("k_bias")).reshape(shape)
     v = linear(x, w["v"], w.get("v_bias")).reshape(shape)
     k = rms_norm(k, w["k_norm"], spec.rms_eps) if spec.qk_norm else k
@@ -85,9 +87,9 @@ def keys_values(spec: ModelSpec, w: dict[str, jax.Array], x: jax.Array, position
 
 
 @jax.named_scope("mlp")
-def mlp(spec: ModelSpec, w: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+def mlp(spec: ModelSpec, w: Weights, x: jax.Array) -> jax.Array:
     """SwiGLU on the residual stream: x [..., D] -> x + mlp(norm(x))."""
-    h = rms_norm(x, w["mlp_norm"], spec.rms_eps)
+    h = whole_width(rms_norm(x, w["mlp_norm"], spec.rms_eps))
     return x + linear(jax.nn.silu(linear(h, w["gate"])) * linear(h, w["up"]), w["down"])
 
 
@@ -105,20 +107,20 @@ def segment_mask(q_segments: jax.Array, q_positions: jax.Array, rows: Rows, wind
 
 @jax.named_scope("block")
 def block(
-    spec: ModelSpec, w: dict[str, jax.Array], x: jax.Array, rows: Rows, window: jax.Array
+    spec: ModelSpec, w: Weights, x: jax.Array, rows: Rows, window: jax.Array
 ) -> tuple[jax.Array, KeysValues]:
     """One decoder layer on packed rows: x [B, T, D] -> [B, T, D], and its keys and values."""
     h = rms_norm(x, w["attn_norm"], spec.rms_eps)
     k, v = keys_values(spec, w, h, rows.positions)
     mask = segment_mask(rows.segments, rows.positions, rows, window)
-    x = x + linear(attention(queries(spec, w, h, rows.positions), k, v, mask), w["o"])
-    return mlp(spec, w, x), (k, v)
+    x = split_width(x + linear(attention(queries(spec, w, h, rows.positions), k, v, mask), w["o"]))
+    return split_width(mlp(spec, w, x)), (k, v)
 
 
 @jax.named_scope("last_block")
 def last_block(
     spec: ModelSpec,
-    w: dict[str, jax.Array],
+    w: Weights,
     x: jax.Array,
     rows: Rows,
     window: jax.Array,
@@ -146,7 +148,8 @@ def stacks(weights: Weights) -> Weights:
 
 def take_layer(weights: Weights, layer: jax.Array) -> dict[str, jax.Array]:
     """One layer's weights; `layer` may be traced."""
-    return {k: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for k, a in stacks(weights).items()}
+    own = lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False)  # noqa: E731
+    return jax.tree.map(own, stacks(weights))
 
 
 def fold_layers(
@@ -158,12 +161,12 @@ def fold_layers(
     a layer with edits stands by itself, its edited matrices in place of the frozen ones.
     """
     stacked = stacks(weights)
-    edited = split_edits(spec, edits)[1]
+    edited, dtype = split_edits(spec, edits)[1], activation_dtype(weights)
     cuts = sorted({start, stop, *(l for e in edited if start <= e < stop for l in (e, e + 1))})
     for first, end in zip(cuts, cuts[1:], strict=False):
         if end - first == 1:
             w = jax.tree.map(lambda a, l=first: a[l], stacked)
-            w |= {k: a.astype(w[k].dtype) for k, a in edited.get(first, {}).items()}
+            w |= {k: a.astype(dtype) for k, a in edited.get(first, {}).items()}
             carry = body(w, first, carry)
         else:
             # The backward pass slices the weights again: kept from the forward pass, the slices of
@@ -183,17 +186,20 @@ def fold_layers(
 
 def embed(spec: ModelSpec, weights: Weights, edits: Edits, tokens: jax.Array) -> jax.Array:
     """Token ids [...] -> [..., D]."""
-    table = split_edits(spec, edits)[0].get("embed", weights["embed"])
-    return table.astype(weights["embed"].dtype)[tokens]
+    dtype = activation_dtype(weights)
+    table: Any = split_edits(spec, edits)[0].get("embed", weights["embed"])
+    return take_rows(table, tokens, dtype) if isinstance(table, Quantized) else table.astype(dtype)[tokens]
 
 
 @jax.named_scope("head")
 def head(spec: ModelSpec, weights: Weights, edits: Edits, x: jax.Array) -> jax.Array:
     """Final norm and vocabulary projection: x [..., D] -> logits [..., V] in float32."""
-    single = {k: a.astype(weights[k].dtype) for k, a in split_edits(spec, edits)[0].items()}
-    w = {k: single.get(k, weights[k]) for k in ("embed", "norm", "head") if k in weights}
-    x = rms_norm(x, w["norm"], spec.rms_eps)
-    return jnp.einsum("...d,vd->...v", x, w.get("head", w["embed"]), preferred_element_type=jnp.float32)
+    single = {k: a.astype(activation_dtype(weights)) for k, a in split_edits(spec, edits)[0].items()}
+    w: Weights = {k: single.get(k, weights[k]) for k in ("embed", "norm", "head") if k in weights}
+    x, table = whole_width(rms_norm(x, w["norm"], spec.rms_eps)), w.get("head", w["embed"])
+    if isinstance(table, Quantized):
+        return product(x, table, jnp.float32)
+    return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
 
 
 def best_token(scores: jax.Array) -> jax.Array:

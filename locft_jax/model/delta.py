@@ -14,6 +14,7 @@ from locft_jax import __version__
 from locft_jax.errors import UserError
 from locft_jax.model.headers import explain
 from locft_jax.model.hf import DTYPES, Checkpoint, read_raw, read_tensor
+from locft_jax.remote import local_copy
 
 BASE = "base::"
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
@@ -28,13 +29,17 @@ class Delta:
 
     new: dict[str, np.ndarray]
     base: dict[str, np.ndarray]
-    # fingerprint; result (the edited model's); tensors (the layout of both); config, data hash, versions
+    # fingerprint; result (the edited model's); tensors (the layout of both); config, data, versions, cards
     metadata: dict[str, str]
 
     def layout(self) -> Layout | None:
         """Every tensor of the model it was made on; None in a delta of a version that did not say."""
         text = self.metadata.get("tensors")
         return None if text is None else {n: (dtype, tuple(shape)) for n, dtype, shape in json.loads(text)}
+
+    def cards(self) -> list[str]:
+        """The cards (card.py) of the edits in it, first edit first; none in a delta that `diff` made."""
+        return json.loads(self.metadata.get("cards", "[]"))
 
 
 def layout_of(checkpoint: Checkpoint) -> Layout:
@@ -89,6 +94,8 @@ def origin(how: str, deltas: Sequence[Delta]) -> dict[str, Any]:
         "made_by": how,
         "versions": {"locft-jax": __version__, "numpy": np.__version__},
     }
+    if cards := [card for delta in deltas for card in delta.cards()]:
+        made["cards"] = sorted(cards) if how == "merge" else cards
     if parents:
         made["parents"] = parents
     if parents and all("edits" in p for p in parents):
@@ -102,10 +109,10 @@ def diff_delta(base: Checkpoint, edited: Checkpoint) -> Delta:
     Raises UserError unless both have the same names, shapes and dtypes, and some tensor differs.
     """
     wrong = differences(layout_of(edited), layout_of(base))
-    refuse(f"diff: the tensors of {edited.folder} are not those of {base.folder}", wrong)
+    refuse(f"diff: the tensors of {edited.place} are not those of {base.place}", wrong)
     names = [n for n in sorted(base.tensors) if read_raw(base, n) != read_raw(edited, n)]
     if not names:
-        raise UserError(f"diff: every tensor of {edited.folder} has the bytes of {base.folder}'s: no delta")
+        raise UserError(f"diff: every tensor of {edited.place} has the bytes of {base.place}'s: no delta")
     wrong = [f"{n} has dtype {base.tensors[n].dtype}" for n in names if base.tensors[n].dtype not in DTYPES]
     refuse(f"diff: tensors that differ have dtypes other than {', '.join(DTYPES)}", wrong)
     return make_delta(base, {n: read_tensor(edited, n) for n in names}, origin("diff", []))
@@ -135,9 +142,14 @@ def save_delta(delta: Delta, path: Path) -> None:
             f.write(np.ascontiguousarray(tensors[name]).tobytes())
 
 
-def load_delta(path: Path) -> Delta:
-    """Read a delta. Raises UserError for a file that is missing, corrupt or no delta: its tensors come in
-    pairs, its metadata can be read, and the fingerprints are those of the tensors in it."""
+def load_delta(place: str | Path) -> Delta:
+    """Read a delta, here or at a URL. Raises UserError for a file that is missing, corrupt or no delta: its
+    tensors come in pairs, its metadata can be read, and the fingerprints are those of the tensors in it."""
+    with local_copy(place) as path:
+        return _load_delta(path)
+
+
+def _load_delta(path: Path) -> Delta:
     try:
         with safe_open(path, "np") as f:
             names = list(f.keys())
@@ -170,9 +182,13 @@ def _check_metadata(path: Path, delta: Delta) -> None:
             and all(type(n) is int and n >= 0 for n in row[2])
         )
 
+    def is_text(value: Any) -> bool:
+        return isinstance(value, str) and value.encode(errors="replace").decode() == value
+
     wanted = {
         "tensors": ("a list of [name, dtype, shape]", lambda v: isinstance(v, list) and all(map(is_row, v))),
         "edits": ("a whole number", lambda v: type(v) is int and v >= 0),
+        "cards": ("a list of texts", lambda v: isinstance(v, list) and all(map(is_text, v))),
         "config": ("an object", lambda v: isinstance(v, dict)),
         "versions": ("an object", lambda v: isinstance(v, dict)),
         "parents": ("a list of objects", lambda v: isinstance(v, list) and all(type(p) is dict for p in v)),
@@ -218,7 +234,7 @@ def check_delta(checkpoint: Checkpoint, delta: Delta, *, edited: bool = False) -
             wrong.append(f"{name} {known if own == other[name].tobytes() else 'has other values'}")
     if not wrong and fingerprint(checkpoint, delta.base) != delta.metadata["fingerprint"]:
         wrong = ["the fingerprints differ, so some tensor that it does not edit has another shape or dtype"]
-    place = checkpoint.folder
+    place = checkpoint.place
     refuse(
         f"delta: {place} is not the model that this delta makes"
         if edited

@@ -1,34 +1,74 @@
 """Headers of safetensors files: read by the library, explained by us where it only says "invalid"."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from locft_jax.errors import UserError
+from locft_jax.remote import Remote
 
-# Bytes an element, for every dtype that numpy (with ml_dtypes' bfloat16) can hold and copy.
-SIZES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4,
-    "U64": 8, "I64": 8, "F64": 8,
+# Every dtype that numpy (with ml_dtypes' bfloat16) can hold and copy, and its bytes an element.
+NUMPY: dict[str, Any] = {
+    "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16, "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16, "U32": np.uint32, "I32": np.int32, "F32": np.float32, "U64": np.uint64,
+    "I64": np.int64, "F64": np.float64,
 }  # fmt: skip
+SIZES = {name: np.dtype(dtype).itemsize for name, dtype in NUMPY.items()}
 LFS = b"version https://git-lfs"
 _LONGEST = 100_000_000  # bytes of a header; the library refuses longer ones too
 
 
-def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """{tensor name: (shape, dtype name)} of a file; no tensor is read.
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Where a checkpoint tensor lies: file name, HF shape, safetensors dtype name, its first byte there."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+    begin: int = 0
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a file, by name; none is read.
 
     Raises UserError saying what is wrong with a file that cannot be read.
     """
     try:
         with safe_open(path, "np") as f:
-            parts = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118 (safe_open is no mapping)
-            return {n: (tuple(p.get_shape()), p.get_dtype()) for n, p in parts.items()}
+            names = set(f.keys())
+        with open(path, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(length))
     except (SafetensorError, OSError, ValueError) as e:
         raise UserError(f"{path}: not a readable safetensors file: {explain(path, e)}") from None
+    return {n: i for n, i in _tensors(path.name, header, 8 + length).items() if n in names}
+
+
+def read_remote_header(file: Remote, size: int) -> dict[str, TensorInfo]:
+    """`read_header` of a file of `size` bytes at a URL: the library reads local files only."""
+    start = file.read(0, min(size, 2**20))
+    length = int.from_bytes(start[:8], "little")
+    if len(start) < 8 + length <= min(size, 8 + _LONGEST):
+        start += file.read(len(start), 8 + length)
+    wrong = _wrong(size, start[:8], start[8 : 8 + length])
+    if wrong:
+        raise UserError(f"{file}: not a readable safetensors file: {wrong}")
+    return _tensors(file.url.rpartition("/")[2], json.loads(start[8 : 8 + length]), 8 + length)
+
+
+def _tensors(file: str, header: dict[str, Any], data: int) -> dict[str, TensorInfo]:
+    """The tensors of a header that is known to be valid; `data`: where it ends."""
+    return {
+        name: TensorInfo(file, tuple(info["shape"]), str(info["dtype"]), data + info["data_offsets"][0])
+        for name, info in header.items()
+        if name != "__metadata__"
+    }
 
 
 def explain(path: Path, error: Exception) -> str:
@@ -38,10 +78,16 @@ def explain(path: Path, error: Exception) -> str:
         size = path.stat().st_size
         with open(path, "rb") as f:
             start = f.read(8)
-            length = int.from_bytes(start, "little")
-            rest = f.read(min(length, _LONGEST))
+            rest = f.read(min(int.from_bytes(start, "little"), _LONGEST))
     except OSError as e:
         return str(e.strerror or e)
+    return _wrong(size, start, rest) or str(error)[:200]
+
+
+def _wrong(size: int, start: bytes, rest: bytes) -> str:
+    """What is wrong with a file of `size` bytes that begins with these 8 bytes and this header; "" if
+    nothing is."""
+    length = int.from_bytes(start, "little")
     if size == 0:
         return "it is empty (0 bytes); fetch it again"
     if (start + rest).startswith(LFS) or start == LFS[:8]:
@@ -61,7 +107,7 @@ def explain(path: Path, error: Exception) -> str:
         return "its header is no JSON object; fetch it again"
     faults = _faults(header, size - 8 - length)
     if not faults:
-        return str(error)[:200]
+        return ""
     more = f" (and {len(faults) - 1} more such tensors)" if len(faults) > 1 else ""
     return f"{faults[0]}{more}; fetch it again"
 

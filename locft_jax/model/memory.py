@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from locft_jax.data.tokens import Corpus
 from locft_jax.errors import UserError
-from locft_jax.model.sharding import tensor_spec
+from locft_jax.model.sharding import tensor_spec, width_split
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Row, locate_tensor, weight_table
 
@@ -66,13 +66,17 @@ def estimate(
     itemsize: int,
     site: Sequence[str] = (),
     step: Step | None = None,
+    int8: bool = False,
 ) -> Need:
-    """What a device of a mesh of these `sizes` ({data, model}) holds; `itemsize`: bytes a frozen weight.
+    """What a device of a mesh of these `sizes` ({data, model}) holds; `itemsize`: bytes of an activation and
+    of a frozen weight, those of matrices apart where they are `int8`.
 
     A step keeps, of every token and layer from `first` on, the outputs of the matrix products (query,
     key, value, attention, output, gate, up, down) in the weights' dtype and its float32 attention
-    scores; of every target the float32 logits and their gradient. The compiler's own figure is 0.6 to
-    0.8 times that in float32 and, on a CPU, which computes bfloat16 in float32, twice that in bfloat16.
+    scores; of every target the float32 logits and their gradient; and of int8 matrices, which are converted
+    one at a time, the largest. The compiler's own figure is 0.6 to 0.8 times that in float32 and, on a CPU,
+    which computes bfloat16 in float32, twice that in bfloat16; the TPU's, of Qwen2.5-72B on 4 to 16 chips in
+    bfloat16, 0.66 to 0.86 times (`locft_jax.plan`).
     """
     mesh = AbstractMesh((sizes["data"], sizes["model"]), ("data", "model"))
 
@@ -80,16 +84,20 @@ def estimate(
         split = "model" in tensor_spec(mesh, spec, row, stacked=False)
         return math.ceil(math.prod(row.shape) / (sizes["model"] if split else 1))
 
+    def frozen(row: Row) -> int:
+        return held(row) + held(row.scales()) * 4 if int8 and row.matrix else held(row) * itemsize
+
     table = weight_table(spec)
-    weights = sum(held(row) * max(1, row.layers) for row in table.values()) * itemsize
+    weights = sum(frozen(row) * max(1, row.layers) for row in table.values())
     tuned = sum(held(locate_tensor(spec, name)[0]) for name in site) * 4 * np.dtype(np.float32).itemsize
     used = 0
     if step is not None:
-        q, f = held(table["q"]) // spec.d_model, held(table["gate"]) // spec.d_model
-        kv, vocabulary = held(table["k"]) // spec.d_model, held(table["embed"]) // spec.d_model
-        token = (2 * q + 2 * kv + 2 * spec.d_model + 2 * f) * itemsize + q // spec.head_dim * step.length * 4
+        q, kv, f, vocabulary = (held(table[key].scales()) for key in ("q", "k", "gate", "embed"))
+        stream = spec.d_model // width_split(mesh, spec.d_model)
+        token = (2 * q + 2 * kv + 2 * stream + 2 * f) * itemsize + q // spec.head_dim * step.length * 4
         used = (spec.n_layers - step.first) * math.ceil(step.tokens / sizes["data"]) * token
         used += step.targets * vocabulary * 2 * 4
+        used += max(held(row) for row in table.values()) * itemsize if int8 else 0
     return Need(weights, tuned, used)
 
 
@@ -100,16 +108,17 @@ def check_memory(
     site: Sequence[str] = (),
     step: Step | None = None,
     room: "Room | None" = None,
+    int8: bool = False,
 ) -> list[str]:
     """Warnings, of a step that may not fit. Raises UserError, with the smallest remedy, when weights and
     tuned state do not. `room`: what is free (default: measured)."""
     room = device_memory(mesh) if room is None else room
-    need = estimate(spec, mesh.shape, itemsize, site, step)
+    need = estimate(spec, mesh.shape, itemsize, site, step, int8)
     where = f"on each of {mesh.size} device(s) ({need})"
     if need.certain > room.free:
         raise UserError(
             f"memory: {as_text(need.certain)} are needed {where}, but {as_text(room.free)} are free; "
-            + remedy(spec, mesh, itemsize, site, room)
+            + remedy(spec, mesh, itemsize, site, room, int8)
         )
     if step is None or need.certain + need.step <= room.free:
         return []
@@ -123,27 +132,35 @@ def check_memory(
     ]
 
 
-def remedy(spec: ModelSpec, mesh: Mesh, itemsize: int, site: Sequence[str], room: "Room") -> str:
+def remedy(
+    spec: ModelSpec, mesh: Mesh, itemsize: int, site: Sequence[str], room: "Room", int8: bool = False
+) -> str:
     """The smallest change with which weights and tuned state fit: devices that are there before fewer
     bits, these before a smaller site, and other hardware last."""
     now, count = mesh.shape["model"], jax.device_count()
     layers = [locate_tensor(spec, name)[1] for name in site]
     least = [SMALLEST_SITE.format(layers[0] or 0)] if site else []
     axes = [now] + [m for m in range(now + 1, count + 1) if count % m == 0 and not room.shared]
+    kinds = [(itemsize, int8, "")]
+    if not int8:
+        kinds += [(min(itemsize, 2), False, "weights=bfloat16"), (itemsize, True, "weights=int8")]
 
-    def fits(model: int, itemsize: int, site: Sequence[str]) -> bool:
-        return estimate(spec, {"data": 1, "model": model}, itemsize, site).certain <= room.free
+    def fits(model: int, itemsize: int, int8: bool, site: Sequence[str]) -> bool:
+        need = estimate(spec, {"data": 1, "model": model}, itemsize, site, None, int8)
+        return need.certain <= room.free
 
     for sites, tune in ((site, ""), (least, f"rewrite_module={SMALLEST_SITE} in one layer")):
-        for size, dtype in ((itemsize, ""), (min(itemsize, 2), "weights=bfloat16")):
+        for size, quantized, dtype in kinds:
             for model in axes:
-                if fits(model, size, sites):
+                if fits(model, size, quantized, sites):
                     axis = f"mesh={{data: {count // model}, model: {model}}}" if model != now else ""
                     return "use " + " and ".join(filter(None, (axis, dtype, tune)))
-    needed = as_text(estimate(spec, {"data": 1, "model": now}, 2, least).certain)
-    more = next((m for m in (2**k for k in range(1, 14)) if m > count and fits(m, 2, least)), None)
+    needed = as_text(estimate(spec, {"data": 1, "model": now}, itemsize, least, None, True).certain)
+    more = next(
+        (m for m in (2**k for k in range(1, 14)) if m > count and fits(m, itemsize, True, least)), None
+    )
     devices = f", or {more} such devices with mesh={{data: 1, model: {more}}}" if more else ""
-    return f"even weights=bfloat16 and the smallest site need {needed} there{devices}"
+    return f"even weights=int8 and the smallest site need {needed} there{devices}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,8 @@ class CausalLM(nnx.Module):
     """A thin module over the functional model: `CausalLM(model)(tokens)` -> logits.
 
     `nnx.state(module, nnx.Param)` holds the frozen weights by table key (layers stacked
-    [L, out, in]) and, under `edits`, the edited matrices by HF name; `nnx.jit` works as usual.
+    [L, out, in]; a Quantized where they are int8) and, under `edits`, the edited matrices by HF
+    name; `nnx.jit` works as usual.
     """
 
     def __init__(self, model: Model) -> None:
@@ -23,6 +24,6 @@ class CausalLM(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Token ids [B, T] -> logits [B, T, V] float32."""
-        weights: Weights = {k: p[...] for k, p in self.weights.items()}
+        weights: Weights = {k: p.get_value() for k, p in self.weights.items()}
         edits = {k: p[...] for k, p in self.edits.items()}
         return decoder.logits(self.spec, weights, edits, tokens)

@@ -6,14 +6,16 @@ dimension that the `model` axis does not divide is replicated: slower, never wro
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from locft_jax.errors import UserError
+from locft_jax.model.quantize import Quantized
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Row
+from locft_jax.model.weights import Row, Weights, weight_table
 
 
 def make_mesh(shape: Mapping[str, int] | None = None, devices: list[jax.Device] | None = None) -> Mesh:
@@ -22,12 +24,8 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: list[jax.Device] 
     Raises UserError when the product does not fit the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": 1, "model": -1, **(shape or {})}
-    known = math.prod(s for s in sizes.values() if s > 0)
-    if -1 in sizes.values() and len(devices) % known == 0:
-        sizes = {k: len(devices) // known if s == -1 else s for k, s in sizes.items()}
-    total = sizes["data"] * sizes["model"]
-    if min(sizes.values()) < 1 or total > len(devices) or len(devices) % total:
+    sizes = resolve_sizes(shape or {}, len(devices))
+    if sizes is None:
         raise UserError(
             f"mesh: {dict(shape or {})} does not fit {len(devices)} device(s); "
             f"data x model must divide {len(devices)}, for example {{data: 1, model: {len(devices)}}}"
@@ -36,8 +34,18 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: list[jax.Device] 
         (sizes["data"], sizes["model"]),
         ("data", "model"),
         axis_types=(AxisType.Auto, AxisType.Auto),
-        devices=devices[:total],
+        devices=devices[: sizes["data"] * sizes["model"]],
     )
+
+
+def resolve_sizes(shape: Mapping[str, int], count: int) -> dict[str, int] | None:
+    """Sizes of both axes over `count` devices, -1 replaced by what is left; None where they do not fit."""
+    sizes = {"data": 1, "model": -1, **shape}
+    known = math.prod(s for s in sizes.values() if s > 0)
+    if -1 in sizes.values() and count % known == 0:
+        sizes = {k: count // known if s == -1 else s for k, s in sizes.items()}
+    total = sizes["data"] * sizes["model"]
+    return None if min(sizes.values()) < 1 or total > count or count % total else sizes
 
 
 def tensor_spec(mesh: Mesh | AbstractMesh, spec: ModelSpec, row: Row, stacked: bool = True) -> P:
@@ -46,10 +54,12 @@ def tensor_spec(mesh: Mesh | AbstractMesh, spec: ModelSpec, row: Row, stacked: b
     # Splitting inside a head would split its rotary pairs: heads are split whole or not at all.
     units = {"vocab": spec.vocab_size, "heads": spec.n_heads, "kv_heads": spec.n_kv_heads, "mlp": spec.d_ff}
     parts = ["model" if a and size > 1 and units[a] % size == 0 else None for a in row.axes]
+    if row.axes == ("kv_heads", None) and parts[0] is None and size > 1 and spec.d_model % size == 0:
+        parts[1] = "model"  # fewer heads than devices: split what is summed over
     return _spelled([None, *parts] if row.layers and stacked else parts)
 
 
-def _spelled(parts: list[str | None]) -> P:
+def _spelled(parts: list[Any]) -> P:
     """As JAX writes a result's partition (no axis of size 1, no None at the end): a step's state is the
     next step's input, and another spelling would compile the step a second time."""
     while parts and parts[-1] is None:
@@ -62,6 +72,15 @@ def tensor_sharding(mesh: Mesh, spec: ModelSpec, row: Row, stacked: bool = True)
     return NamedSharding(mesh, tensor_spec(mesh, spec, row, stacked))
 
 
+def weight_shardings(mesh: Mesh, spec: ModelSpec, int8: bool = False) -> Weights:
+    """Where all weights lie: the tree of `abstract_weights`, a NamedSharding for each array."""
+    place = lambda row: tensor_sharding(mesh, spec, row)  # noqa: E731
+    return {
+        key: Quantized(place(row), place(row.scales())) if int8 and row.matrix else place(row)
+        for key, row in weight_table(spec).items()
+    }
+
+
 def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     """Batch arrays [rows, ...]: split over `data` where it divides them."""
     return NamedSharding(mesh, P("data") if rows % mesh.shape["data"] == 0 else P())
@@ -69,10 +88,65 @@ def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
 
 def cache_sharding(mesh: Mesh, rows: int, heads: int, axis: int = 1) -> NamedSharding:
     """Arrays of a KV cache [L, rows, heads, ...], or (`axis` 0) [rows, ...]: rows split over `data`,
-    heads over `model`, where those divide them."""
+    heads over `model`, where those divide them; with fewer heads than devices, rows over both."""
     split = lambda name, size: name if mesh.shape[name] > 1 and size % mesh.shape[name] == 0 else None  # noqa: E731
-    parts = [split("data", rows)] if axis == 0 else [None, split("data", rows), split("model", heads)]
+    parts: list[Any] = (
+        [split("data", rows)] if axis == 0 else [None, split("data", rows), split("model", heads)]
+    )
+    if axis and parts[2] is None and mesh.shape["model"] > 1 and rows % mesh.size == 0:
+        parts[1] = ("data", "model") if mesh.shape["data"] > 1 else "model"
     return NamedSharding(mesh, _spelled(parts))
+
+
+def width_split(mesh: Mesh | AbstractMesh, d_model: int) -> int:
+    """Into how many parts the width of activations is split: the `model` axis, or 1 where it does not divide
+    it."""
+    return mesh.shape["model"] if d_model % mesh.shape["model"] == 0 else 1
+
+
+def source_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """What a step looks up in: token ids [total] lie everywhere, activations [total, D] are split."""
+    split = len(shape) == 2 and width_split(mesh, shape[1]) > 1
+    return NamedSharding(mesh, P(None, "model") if split else P())
+
+
+def split_width(x: jax.Array) -> jax.Array:
+    """x [..., D] with D split over the `model` axis of the mesh that it lies on, where that divides it: the
+    residual stream between products, of which a step keeps every layer's for the backward pass."""
+    return _constrained(x, "model")
+
+
+def whole_width(x: jax.Array) -> jax.Array:
+    """x [..., D] with all of D on every device: what enters a product whose outputs are split."""
+    return _constrained(x, None)
+
+
+def for_keys(x: jax.Array, heads: int) -> jax.Array:
+    """x [..., D] as the key and value matrices of so many heads want it (`tensor_spec`): whole, or split
+    where heads are too few. (Left to itself the compiler gathers the matrices, which are larger.)"""
+    few = heads % jax.typeof(x).sharding.mesh.shape.get("model", 1)
+    return split_width(x) if few else whole_width(x)
+
+
+def split_heads(x: jax.Array) -> jax.Array:
+    """x [rows, heads, H] with heads over `model` and rows over `data`, where those divide them: between
+    products with split matrices and a KV cache that may be split otherwise."""
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.shape.get("model", 1) == 1:
+        return x
+    split = lambda name, size: name if size % mesh.shape[name] == 0 else None  # noqa: E731
+    spec = P(split("data", x.shape[0]), split("model", x.shape[1]), None)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def _constrained(x: jax.Array, part: str | None) -> jax.Array:
+    mesh = jax.typeof(x).sharding.mesh  # empty on a single device
+    size = mesh.shape.get("model", 1)
+    if size == 1 or x.shape[-1] % size:
+        return x
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(mesh, P(*[P.UNCONSTRAINED] * (x.ndim - 1), part))
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -8,13 +8,15 @@ import dataclasses
 import functools
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from locft_jax.model.quantize import Quantized
 from locft_jax.model.spec import ModelSpec
 
-Weights = dict[str, jax.Array]  # row key -> tensor, layers stacked on axis 0
+Weights = dict[str, Any]  # row key -> jax.Array or Quantized, layers stacked on axis 0
 Edits = Mapping[str, jax.Array]  # HF tensor name -> matrix that replaces it
 
 
@@ -30,6 +32,20 @@ class Row:
 
     def names(self) -> list[str]:
         return [self.hf.format(i) for i in range(self.layers)] if self.layers else [self.hf]
+
+    @property
+    def stacked(self) -> tuple[int, ...]:
+        """Shape of all its tensors in one array."""
+        return (self.layers, *self.shape) if self.layers else self.shape
+
+    @property
+    def matrix(self) -> bool:
+        """Whether it is one that `weights: int8` makes int8."""
+        return len(self.shape) == 2
+
+    def scales(self) -> "Row":
+        """The row of a matrix's int8 scales: one an output."""
+        return dataclasses.replace(self, shape=self.shape[:1], axes=self.axes[:1])
 
 
 def weight_table(spec: ModelSpec) -> dict[str, Row]:
@@ -64,12 +80,21 @@ def weight_table(spec: ModelSpec) -> dict[str, Row]:
     return {row.key: row for row in rows}
 
 
-def abstract_weights(spec: ModelSpec, dtype: jnp.dtype) -> dict[str, jax.ShapeDtypeStruct]:
-    """The weights' shapes without their values: {key: [L, *shape] or [*shape]}."""
+def abstract_weights(spec: ModelSpec, dtype: jnp.dtype, int8: bool = False) -> Weights:
+    """The weights' shapes without their values: {key: [L, *shape] or [*shape]} in `dtype`; with `int8`, a
+    Quantized of such for every matrix."""
+    array = jax.ShapeDtypeStruct
     return {
-        key: jax.ShapeDtypeStruct((row.layers, *row.shape) if row.layers else row.shape, dtype)
+        key: Quantized(array(row.stacked, jnp.int8), array(row.scales().stacked, jnp.float32))
+        if int8 and row.matrix
+        else array(row.stacked, dtype)
         for key, row in weight_table(spec).items()
     }
+
+
+def activation_dtype(weights: Weights) -> Any:
+    """dtype of the activations: that of the norms, which are never int8."""
+    return weights["norm"].dtype
 
 
 def init_weights(spec: ModelSpec, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Weights:
@@ -100,10 +125,10 @@ def locate_tensor(spec: ModelSpec, name: str) -> tuple[Row, int | None]:
     raise KeyError(name)
 
 
-def take_tensor(spec: ModelSpec, weights: Weights, name: str) -> jax.Array:
-    """One HF tensor out of the (stacked) weights."""
+def take_tensor(spec: ModelSpec, weights: Weights, name: str) -> Any:
+    """One HF tensor out of the (stacked) weights: a jax.Array, or a Quantized."""
     row, layer = locate_tensor(spec, name)
-    return weights[row.key] if layer is None else weights[row.key][layer]
+    return weights[row.key] if layer is None else jax.tree.map(lambda a: a[layer], weights[row.key])
 
 
 @functools.partial(jax.jit, donate_argnums=0)

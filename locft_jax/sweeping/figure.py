@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from locft_jax.locating.figure import COLOURS, MARKERS, new_figure, panels
+from locft_jax.locating.figure import COLOURS, MARKERS, finish, new_figure
+from locft_jax.locating.rule import worth_showing
 from locft_jax.sweeping.table import label
 
 Row = Mapping[str, Any]
@@ -25,7 +26,7 @@ def horizontal(rows: Sequence[Row]) -> str | None:
 def draw_sweep(rows: Sequence[Row], before: Mapping[str, float | None], title: str, out: Path) -> None:
     """One panel a figure. Over the key with most numbers: one curve for every combination of the others; else
     one bar a run. Lines at a point: the standard deviation over seeds. Dashed: the unedited model. PNG."""
-    keys, across = panels(rows), horizontal(rows)
+    keys, across = worth_showing(rows), horizontal(rows)
     columns = min(2 if len(keys) == 4 else 3, len(keys))
     lines = -(-len(keys) // columns)
     height = 3.6 if across else 1.1 + 0.42 * len(rows)
@@ -41,15 +42,7 @@ def draw_sweep(rows: Sequence[Row], before: Mapping[str, float | None], title: s
         axis.tick_params(labelsize=11)
         axis.grid(color="#dddddd", axis="both" if across else "x")
         axis.set_axisbelow(True)
-    for axis in axes[len(keys) :]:
-        axis.set_visible(False)
-    if across:
-        found = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
-        figure.legend(
-            found.values(), found.keys(), loc="outside lower center", ncols=3, fontsize=11, frameon=False
-        )
-    figure.suptitle(title, fontsize=14)
-    figure.savefig(out, dpi=110)
+    finish(figure, axes, len(keys), title, out, legend=3 if across else 0)
 
 
 def _curves(axis: Any, rows: Sequence[Row], key: str, across: str) -> None:
@@ -118,11 +111,4 @@ def draw_dynamics(lines: Sequence[Mapping[str, Any]], title: str, out: Path) -> 
         axis.set_ylabel("reliability, %", fontsize=12)
         axis.set_ylim(-3, 103)
         axis.grid(color="#dddddd")
-    for axis in axes[len(runs) :]:
-        axis.set_visible(False)
-    found = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
-    figure.legend(
-        found.values(), found.keys(), loc="outside lower center", ncols=3, fontsize=11, frameon=False
-    )
-    figure.suptitle(title, fontsize=14)
-    figure.savefig(out, dpi=110)
+    finish(figure, axes, len(runs), title, out, legend=3)

@@ -2,10 +2,8 @@
 
 import csv
 import json
-import os
 import statistics
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,9 @@ from rich.table import Table
 
 from locft_jax.errors import UserError
 from locft_jax.evaluation.report import plain
-from locft_jax.files import whole_file, write_json, write_jsonl, write_whole_json
+from locft_jax.files import kept_jsonl, write_json, write_whole_json
+from locft_jax.locating.rule import FIGURES
 
-FIGURES = ("reliability", "generalization", "locality", "locality_agreement", "capability")
 SHORT = dict(zip(FIGURES, ("rel.", "gen.", "loc.", "agr.", "cap."), strict=True))
 Line = Mapping[str, Any]
 
@@ -28,32 +26,17 @@ def open_lines(folder: Path, known: Mapping[str, str], resume: bool) -> dict[str
     path = folder / "runs.jsonl"
     if not resume:
         path.unlink(missing_ok=True)
-    lines: dict[str, Line] = {}
-    if path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):  # the line that was being written when the sweep was killed
-                line = json.loads(text)
-                lines[line["name"]] = line
-        for name, line in lines.items():
-            if known.get(name) != line["run"]:
-                what = "with other settings, data or model" if name in known else "which is not in this sweep"
-                raise UserError(
-                    f"--resume: {folder.parent} holds the run {name}, {what}; use the file and data of that "
-                    "sweep (further runs may be added), or another --out"
-                )
-        with whole_file(path) as part:
-            write_jsonl(part, lines.values())
+    lines: dict[str, Line] = {line["name"]: line for line in kept_jsonl(path)}
+    for name, line in lines.items():
+        if known.get(name) != line["run"]:
+            what = "with other settings, data or model" if name in known else "which is not in this sweep"
+            raise UserError(
+                f"--resume: {folder.parent} holds the run {name}, {what}; use the file and data of that "
+                "sweep (further runs may be added), or another --out"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     write_whole_json(folder / "run.json", dict(known))
     return lines
-
-
-def add_line(folder: Path, line: Line) -> None:
-    """One more finished run; on the disk when this returns."""
-    with (folder / "runs.jsonl").open("a", encoding="utf-8") as f:
-        f.write(json.dumps(line, ensure_ascii=False) + "\n")
-        f.flush()
-        os.fsync(f.fileno())
 
 
 def grouped(lines: Sequence[Line]) -> list[dict[str, Any]]:

@@ -93,3 +93,22 @@ def test_preserve():
     for row in result["rows"]:
         assert row["mean"].keys() == row["spread"].keys()
         assert row["runs"][0]["seconds"] > 0 and 0 <= row["mean"]["lost"] <= 1
+
+
+def test_int8():
+    result = script("int8.py", "--set", "mesh={data: 1, model: 1}")
+    assert result["benchmark"] == "int8"
+    assert 0 < result["logits"]["rms_of_std"] < 0.1 and result["logits"]["same_arg_max"] > 0.9
+    assert result["runs"].keys() == {"float", "int8", "int8 as it ran"}
+    for key, row in result["mean"].items():
+        far = row["float"] is not None and abs(row["int8"] - row["float"]) > 0.02
+        assert far == (key in result["far"]), key
+
+
+def test_loading():
+    result = script("loading.py")
+    assert result["benchmark"] == "loading" and 5e5 < result["weights"] < 2e6
+    assert [row["cache"] for row in result["rows"]] == ["cold", "warm"]
+    for row in result["rows"]:
+        assert row["ratio"] == pytest.approx(row["load_seconds"] / row["read_seconds"])
+        assert 0 < row["beyond_weights_gib"] < 2  # a process that has imported jax, and little else

@@ -60,6 +60,7 @@ READ = np.concatenate([np.arange(len(p)) < len(p) - 1 for p in PARTS])  # the la
 )
 def test_mode_follows_from_budgets_and_layer(mode, layer, size, chosen):
     assert choose_mode(mode, layer, size, device_budget=100, host_budget=200) == chosen
+    assert choose_mode(mode, layer, size, device_budget=25, host_budget=200, split=4) == chosen
 
 
 @pytest.mark.parametrize(("mode", "budget"), [("device", 1), ("host", 2)])

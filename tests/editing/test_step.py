@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -317,9 +318,9 @@ SITE = "model.layers.4.mlp.down_proj.weight"
 HYPER = Hyper(1e-3, 0.0, 1e-2)
 
 
-def abstract_step():
+def abstract_step(int8=False):
     """(state, weights, source, batch) of a step on WIDE, as shapes only."""
-    weights = abstract_weights(WIDE, jnp.dtype("float32"))
+    weights = abstract_weights(WIDE, jnp.dtype("float32"), int8)
     state = jax.eval_shape(init_state, {SITE: jax.ShapeDtypeStruct((512, 2048), jnp.float32)})
     ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     grid, listed = ints((1, 16)), ints((8,))
@@ -357,6 +358,16 @@ def test_only_the_site_has_a_gradient_and_the_state_is_donated():
     # No gradient of frozen weights, nor a copy of those above the site, which the backward pass reads.
     assert size(weights["down"]) > LIMIT
     assert extra_bytes(compiled) < LIMIT
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_stack_of_int8_weights_is_dequantized(dtype):
+    state, weights, source, batch = abstract_step(int8=True)
+    weights = {k: v if hasattr(v, "scale") else v.update(dtype=dtype) for k, v in weights.items()}
+    compiled = train_step.lower(WIDE, 0, HYPER, state, weights, {}, source, batch).compile()
+    assert extra_bytes(compiled) < size(weights["down"].values) * 4  # one stack of the MLP in float32
+    stacks = set(re.findall(r"\b(\w+)\[48,\d+,\d+\]", compiled.as_text()))
+    assert "s8" in stacks and not stacks & {"f32", "bf16"}
 
 
 def test_a_gradient_of_the_frozen_weights_would_show():

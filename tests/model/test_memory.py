@@ -34,6 +34,16 @@ def test_bytes_of_a_known_model(llama):
     assert halves.weights == (need.weights - norms) / 8 + norms
 
 
+def test_int8_is_a_byte_a_weight_and_a_scale_a_row(llama):
+    norms = (2 * 32 + 1) * 4096
+    rows = 32 * (4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096) + 2 * 128256
+    step = Step(100, 3072, 64, 600, 22)
+    half, int8 = (estimate(llama, {"data": 1, "model": 1}, 2, SITE, step, q) for q in (False, True))
+    assert int8.weights == 8_030_261_248 - norms + 2 * norms + 4 * rows
+    assert int8.tuned == half.tuned
+    assert int8.step == half.step + 2 * 128256 * 4096  # the head, converted
+
+
 def test_what_is_counted_is_what_is_loaded(tiny_model_dir):
     checkpoint = hf.open_checkpoint(str(tiny_model_dir))
     mesh = make_mesh({"data": 2, "model": 4})
@@ -52,7 +62,9 @@ def test_a_step_grows_with_tokens_and_layers_and_shrinks_with_the_mesh(llama):
     assert size(Step(100, 6144, 64, 600, 22)) - logits == 2 * one
     assert size(Step(100, 3072, 64, 600, 27)) - logits == one / 2
     assert size(step, data=2) - logits == one / 2
-    assert one / 8 < size(step, model=8) - logits / 8 < one / 3  # the residual stream is not split
+    assert size(step, model=8) == (one + logits) / 8  # the residual stream too
+    heads = size(step, model=16) - (one + logits) / 16  # its 8 key and value heads are not split
+    assert heads == 10 * 3072 * 2 * (2 * 1024 - 2 * 1024 / 16)
 
 
 def test_the_size_of_a_batch_is_that_of_mean_examples():

@@ -14,16 +14,16 @@ from locft_jax.editing.step import Hyper, init_state, train_step
 from locft_jax.evaluation.answers import score_batch
 from locft_jax.evaluation.generate import Pool, Reader, decode, read_batch
 from locft_jax.model import decoder
-from locft_jax.model.sharding import cache_sharding, make_mesh, replicated, tensor_sharding
+from locft_jax.model.sharding import cache_sharding, make_mesh, replicated, weight_shardings
 from locft_jax.model.spec import parse_spec
-from locft_jax.model.weights import init_weights, weight_table
+from locft_jax.model.weights import abstract_weights
 
 VOCABULARY = 520  # no other size is this number
 SITE = "model.layers.1.mlp.down_proj.weight"
 
 
-def programs(tie, mesh):
-    """Every program that computes logits, compiled for the mesh."""
+def programs(tie, mesh, int8=False):
+    """Every program that computes logits, lowered for the mesh."""
     spec = parse_spec(
         {
             "model_type": "llama",
@@ -36,16 +36,13 @@ def programs(tie, mesh):
             "tie_word_embeddings": tie,
         }
     )
-    table = weight_table(spec)
-    weights = {
-        k: jax.device_put(a, tensor_sharding(mesh, spec, table[k]))
-        for k, a in init_weights(spec, jax.random.key(0)).items()
-    }
+    shapes, places = abstract_weights(spec, jnp.float32, int8), weight_shardings(mesh, spec, int8)
+    weights = jax.tree.map(lambda a, place: jnp.zeros(a.shape, a.dtype, device=place), shapes, places)
     rng = np.random.default_rng(0)
     corpus = corpus_from_lists([rng.integers(0, VOCABULARY, 9) for _ in range(16)], [4] * 16)
     batch = pack(corpus, np.arange(16), fit_shape(corpus, [np.arange(16)], 32, 2))
     batch, ids = place_batch(batch, mesh), jax.device_put(corpus.tokens, replicated(mesh))
-    state = init_state(read_site(spec, weights, (SITE,), mesh))
+    state = init_state(read_site(spec, weights, (SITE,), mesh, {SITE: np.zeros((32, 64), np.float32)}))
     pool = Pool(Reader(spec, weights, {}, mesh), 16, 32, 8, np.zeros(VOCABULARY, bool))
     return {
         "train": train_step.lower(spec, 0, Hyper(1e-3, 0.0, 0.0), state, weights, {}, ids, batch),
@@ -63,10 +60,12 @@ def whole(text):
     }
 
 
-@pytest.mark.parametrize(("tie", "shape"), [(True, (1, 8)), (False, (2, 4))])
-def test_logits_stay_split_over_the_vocabulary(tie, shape):
+@pytest.mark.parametrize(
+    ("tie", "shape", "int8"), [(True, (1, 8), False), (False, (2, 4), False), (False, (1, 8), True)]
+)
+def test_logits_stay_split_over_the_vocabulary(tie, shape, int8):
     mesh = make_mesh({"data": shape[0], "model": shape[1]})
-    for name, lowered in programs(tie, mesh).items():
+    for name, lowered in programs(tie, mesh, int8).items():
         text = lowered.compile().as_text()
         assert f"{VOCABULARY // shape[1]}]" in text or f",{VOCABULARY // shape[1]}," in text, name
         assert not whole(text), name
@@ -81,8 +80,9 @@ def test_a_cache_splits_rows_and_heads_where_they_divide():
     mesh = make_mesh({"data": 2, "model": 4})
     spec = lambda *sizes: cache_sharding(mesh, *sizes).spec  # noqa: E731
     assert spec(16, 8) == jax.P(None, "data", "model")
-    assert spec(16, 2) == jax.P(None, "data") and spec(5, 8) == jax.P(None, None, "model")
+    assert spec(12, 2) == jax.P(None, "data") and spec(5, 8) == jax.P(None, None, "model")
     assert spec(5, 2) == jax.P() and spec(16, 8, 0) == jax.P("data")
+    assert spec(16, 2) == jax.P(None, ("data", "model"))  # fewer heads than devices
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 97, 320, 1000])

@@ -1,0 +1,175 @@
+"""Machines that are not here: which chips, how many, how they are wired, and what a chip can do.
+
+`v5e:4x4` is a TPU slice by its shape, `v5e-8` by the name of its machine type (one host where the chips
+fit one), `gpu:N` and `cpu:N` are devices that only arithmetic knows.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+from collections.abc import Iterator
+
+import jax
+
+from locft_jax.errors import UserError
+from locft_jax.model.memory import host_memory
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What one device has and does at most. None: not known."""
+
+    memory: float | None  # GiB
+    flops: float | None = None  # bfloat16 FLOP/s
+    bandwidth: float | None = None  # bytes/s of its memory
+    links: float | None = None  # bytes/s that it sends to other chips, over all of its links
+
+
+# Google Cloud's documentation, "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e", table of system architecture;
+# its inter-chip bandwidth counts both directions, `links` one.
+TPUS = {
+    "v4": Chip(32, 275e12, 1228e9, 150e9),
+    "v5e": Chip(16, 197e12, 819e9, 200e9),
+    "v5p": Chip(95, 459e12, 2765e9, 600e9),
+    "v6e": Chip(32, 918e12, 1640e9, 400e9),
+}
+FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+SLICES = {"v4": CUBIC, "v5e": FLAT, "v5p": CUBIC, "v6e": FLAT}
+GPU = Chip(80)  # a common size; --memory says otherwise
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """`count` equal devices. `shape`: of a TPU slice; () for other devices."""
+
+    name: str
+    kind: str  # a key of TPUS, "gpu" or "cpu"
+    chip: Chip
+    shape: tuple[int, ...] = ()
+    one_host: bool = False
+    devices: int = 0
+
+    @property
+    def compiles(self) -> bool:
+        """Whether libtpu compiles for it as it is used: of a v4 chip it knows the two halves only."""
+        return bool(self.shape) and self.kind != "v4"
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape) if self.shape else self.devices
+
+    @property
+    def memory(self) -> float:
+        """Bytes of one device."""
+        return (self.chip.memory or 0) * GIB
+
+
+def known_topologies() -> str:
+    """For messages: what `parse_topology` accepts."""
+    slices = "; ".join(f"{kind}: {', '.join(sizes)}" for kind, sizes in SLICES.items())
+    return (
+        f"a TPU slice kind:shape ({slices}), a machine type (v5e-1, v5e-4, v5e-8, v6e-8: one host; v5e-16, "
+        "v5p-8, ...), gpu:N, cpu:N, or auto"
+    )
+
+
+def parse_topology(text: str, memory: float | None = None) -> Topology:
+    """What `text` names (`known_topologies`). `memory`: GiB a device, in place of the table's.
+
+    Raises UserError, which lists what there is.
+    """
+    kind, _, rest = text.partition(":") if ":" in text else text.partition("-")
+    found = None
+    if kind in ("gpu", "cpu") and ":" in text and re.fullmatch(r"[1-9][0-9]{0,5}", rest):
+        chip = GPU if kind == "gpu" else Chip(host_memory() / GIB / int(rest))
+        found = Topology(text, kind, chip, devices=int(rest))
+    elif kind in TPUS and ":" in text and rest in SLICES[kind]:
+        found = Topology(text, kind, TPUS[kind], _sizes(rest))
+    elif kind in TPUS and "-" in text and rest.isdecimal():
+        # v4 and v5p count TensorCores, two a chip.
+        chips = int(rest) / (2 if SLICES[kind] is CUBIC else 1)
+        same = [s for s in map(_sizes, SLICES[kind]) if math.prod(s) == chips]
+        one_host = chips <= (8 if SLICES[kind] is FLAT else 4)
+        found = Topology(text, kind, TPUS[kind], same[0], one_host) if same else None
+    if found is None:
+        names = [f"{k}:{s}" for k, sizes in SLICES.items() for s in sizes] + ["gpu:1", "cpu:1", "auto"]
+        near = difflib.get_close_matches(text, names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"--topology: {text!r} is not known; {hint}It may be {known_topologies()}")
+    if memory is not None:
+        found = dataclasses.replace(found, chip=dataclasses.replace(found.chip, memory=memory))
+    return found
+
+
+def _sizes(shape: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in shape.split("x"))
+
+
+def larger(topology: Topology) -> Iterator[Topology]:
+    """The next sizes of the same kind."""
+    if topology.shape:
+        for shape in SLICES[topology.kind]:
+            if math.prod(_sizes(shape)) > topology.count:
+                yield Topology(f"{topology.kind}:{shape}", topology.kind, topology.chip, _sizes(shape))
+    elif topology.kind == "gpu":  # those of a CPU share the host's memory: more bring no more
+        first = topology.count.bit_length()
+        for n in (2**k for k in range(first, first + 8)):
+            yield dataclasses.replace(topology, name=f"gpu:{n}", devices=n)
+
+
+def all_slices() -> list[Topology]:
+    """Every TPU slice that can be compiled for, least memory in all first, then fewest chips; 2x4 chips as
+    one host."""
+    found = [
+        Topology(f"{kind}:{shape}", kind, TPUS[kind], _sizes(shape))
+        for kind, shapes in SLICES.items()
+        for shape in shapes
+    ]
+    hosts = [parse_topology(f"{kind}-8") for kind in ("v5e", "v6e")]
+    found = [t for t in found if t.compiles and t.shape != (2, 4)] + hosts
+    return sorted(found, key=lambda t: (t.count * t.memory, t.count))
+
+
+def prepare_compiler() -> None:
+    """Settings with which a machine without a TPU can compile for one; before JAX starts a backend.
+
+    Raises UserError where the TPU compiler is not installed.
+    """
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "plan: the TPU's compiler (libtpu) is not installed here: pip install 'locft_jax[aot]'; "
+            "without it only gpu:N and cpu:N can be planned, by arithmetic"
+        ) from None
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # ask no metadata server which TPU this is
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing is run on a TPU: it may be in use
+    # Unset, libtpu complains at length; what a topology is does not depend on them.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    jax.config.update("jax_platforms", "cpu")
+
+
+def tpu_devices(topology: Topology) -> list[jax.Device]:
+    """Devices of a slice that is not here: programs can be compiled for them, arrays not put there.
+
+    Raises UserError where the compiler does not know the slice.
+    """
+    from jax.experimental import topologies
+
+    options: dict[str, object] = {}
+    if topology.one_host and topology.count > 4:  # by its own counting it would be two hosts
+        options["chips_per_host_bounds"] = (*topology.shape, 1)[:3]
+    elif topology.count == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    name = f"{topology.kind}:{'x'.join(map(str, topology.shape))}"
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    except (RuntimeError, ValueError) as e:
+        raise UserError(f"--topology: this libtpu does not know {name} ({str(e).splitlines()[0]})") from None
+    return list(found.devices)
