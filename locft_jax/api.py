@@ -158,7 +158,7 @@ def edit(
             "data_sha256": data.sha256,
             "edits": len(data.requests),
             "versions": versions(),
-            **({"preserve": told(config)} if told(config) else {}),
+            **({"preserve": report["preserve"]} if report["preserve"] else {}),
         },
     )
     card = make_card(model_name(model.checkpoint, config.model_name_or_path), report, delta)
@@ -253,7 +253,7 @@ def _report(
         "site": {"tensors": list(site), "parameters": done.parameters},
         "method": config.method,
         "pipeline": config.pipeline,
-        "preserve": told(config),
+        "preserve": told(config, done.lambdas),
         "edits": len(data.requests),
         "duplicates": data.duplicates,
         "conflicts": len(data.conflicts),

@@ -33,6 +33,8 @@ from locft_jax.model.weights import locate_tensor
 MAX_WIDTH = 8192  # of a tuned matrix's input: C and P are [width, width]
 DEFAULT_STRENGTH = {"soft": 10.0, "null": 0.9, "kfac": 10.0}
 
+Lambdas = dict[str, dict[str, float]]  # HF name -> {"inputs": lambda, "outputs": lambda (kfac)}
+
 
 def strength_of(config: Config) -> float | None:
     """The config's strength, or the method's default; None without a method."""
@@ -40,16 +42,14 @@ def strength_of(config: Config) -> float | None:
     return given if given is not None else DEFAULT_STRENGTH.get(config.preserve)
 
 
-def told(config: Config) -> dict[str, Any] | None:
-    """Method, strength, lambda's rule, the divergence's weight and source, for reports and deltas; None when
-    off."""
+def told(config: Config, lambdas: Lambdas) -> dict[str, Any] | None:
+    """Method, strength, lambdas, the divergence's weight and source, for reports and deltas; None when off."""
     if not preserves(config):
         return None
-    rule = {"null": None, "none": None}.get(config.preserve, "trace(C) / n / strength")
     return {
         "method": config.preserve,
         "strength": strength_of(config) if config.preserve != "none" else None,
-        "lambda": rule,
+        "lambda": lambdas or None,
         "kl": config.preserve_kl or None,
         "source": source_of(config),
     }
@@ -78,6 +78,11 @@ def check_preserve(spec: ModelSpec, site: Sequence[str], config: Config) -> None
         raise UserError("preserve: the site holds no matrix; use another rewrite_module, or preserve=none")
 
 
+def lambda_of(moment: np.ndarray, strength: float) -> float:
+    """Mean eigenvalue / strength."""
+    return float(np.trace(moment, dtype=np.float64)) / len(moment) / strength
+
+
 def input_matrix(moment: np.ndarray, method: str, strength: float) -> np.ndarray:
     """P of C, or of G, of one shape, float32 (module docstring); computed in float64."""
     values, vectors = np.linalg.eigh(np.asarray(moment, np.float64))
@@ -93,12 +98,13 @@ def input_matrix(moment: np.ndarray, method: str, strength: float) -> np.ndarray
 
 def make_preserve(
     model: Model, site: Sequence[str], config: Config, ids: Sequence[Sequence[int]]
-) -> dict[str, Sides]:
-    """{HF name: (P_in [in, in], P_out [out, out] or None)} for the site's matrices, {} when off. `ids` as
-    from `retained_ids`. The same arguments give the same bits, so a resumed run makes it again."""
+) -> tuple[dict[str, Sides], Lambdas]:
+    """{HF name: (P_in [in, in], P_out [out, out] or None)} for the site's matrices, {} when off; and their
+    lambdas. `ids` as from `retained_ids`. The same arguments give the same bits, so a resumed run makes it
+    again."""
     strength = strength_of(config)
     if config.preserve == "none" or strength is None:
-        return {}
+        return {}, {}
     spec, mesh, base = model.spec, model.mesh, model.edits
     inner = second_moments(spec, model.weights, site, ids, mesh, config.row_length, base)
     outer: Moments = {}
@@ -112,10 +118,14 @@ def make_preserve(
         return jax.device_put(made[id(moment)], sharding)
 
     placed: dict[str, Sides] = {}
+    lambdas: Lambdas = {}
     for name, moment in inner.items():
         # Columns, and rows, lie where the tensor's do: the updates then keep their sharding.
         rows, columns, *_ = *tensor_spec(mesh, spec, locate_tensor(spec, name)[0], False), None, None
         own = matrix(moment, NamedSharding(mesh, P(None, columns)))
         other = matrix(outer[name], NamedSharding(mesh, P(rows, None))) if outer else None
         placed[name] = own, other
-    return placed
+        if config.preserve != "null":
+            sides = {"inputs": moment} | ({"outputs": outer[name]} if outer else {})
+            lambdas[name] = {side: lambda_of(np.asarray(m), strength) for side, m in sides.items()}
+    return placed, lambdas

@@ -19,7 +19,7 @@ from locft_jax.editing.checkpoint import Checkpoints
 from locft_jax.editing.keep import make_keep
 from locft_jax.editing.pipeline import Outcome, Schedule, StepRecord, run_pipeline
 from locft_jax.editing.prefix import Source, cached_source, choose_mode
-from locft_jax.editing.preserve import make_preserve
+from locft_jax.editing.preserve import Lambdas, make_preserve
 from locft_jax.editing.retained import retained_ids
 from locft_jax.editing.site import find_site, first_layer, materialize, parameters, read_site
 from locft_jax.editing.step import Hyper, init_state
@@ -41,6 +41,7 @@ class Edited:
     prefix_cache: str  # the mode that was chosen
     boundary_merges: int
     seconds: float
+    lambdas: Lambdas  # of `preserve`
 
 
 def choose_site(spec: ModelSpec, config: Config) -> tuple[str, ...]:
@@ -151,7 +152,7 @@ def run_edit(
             model.spec, model.weights, corpus, layer, mode, model.mesh, config.row_length, base=base
         )
     ids = retained_ids(model, config, retained)
-    preserve = make_preserve(model, site, config, ids)
+    preserve, lambdas = make_preserve(model, site, config, ids)
     keep = make_keep(model, source, config, ids, memory_budgets(config.memory_budget))
     exported = lambda theta: to_checkpoint_dtype(model.checkpoint, materialize(theta, base))  # noqa: E731
     look = lambda state, records: watch(exported(state.theta), records) if watch else None  # noqa: E731
@@ -176,7 +177,13 @@ def run_edit(
     if checkpoints is not None:
         seconds = checkpoints.finish(outcome.state, outcome.records)
     return Edited(
-        tensors, outcome, parameters(outcome.state.theta), source.mode, corpus.boundary_merges, seconds
+        tensors,
+        outcome,
+        parameters(outcome.state.theta),
+        source.mode,
+        corpus.boundary_merges,
+        seconds,
+        lambdas,
     )
 
 

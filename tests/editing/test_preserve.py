@@ -15,7 +15,7 @@ from locft_jax.data.requests import requests_from_records
 from locft_jax.edit import main as edit
 from locft_jax.editing import pipeline
 from locft_jax.editing.moments import gradient_moments, layer_inputs, second_moments
-from locft_jax.editing.preserve import MAX_WIDTH, check_preserve, input_matrix
+from locft_jax.editing.preserve import MAX_WIDTH, check_preserve, input_matrix, lambda_of
 from locft_jax.editing.retained import retained_texts, sample_model, template_texts
 from locft_jax.editing.step import Hyper, make_optimizer
 from locft_jax.model import decoder
@@ -134,6 +134,7 @@ def test_soft_is_lambda_times_the_inverse():
     want = lam * np.linalg.inv(c + lam * np.eye(6))
     np.testing.assert_allclose(input_matrix(c, "soft", 7), want, atol=1e-6)
     np.testing.assert_allclose(input_matrix(1e6 * c, "soft", 7), want, atol=1e-6)  # no unit
+    assert lambda_of(c, 7) == pytest.approx(lam)
 
 
 def test_null_takes_out_the_directions_that_hold_the_energy():
@@ -315,6 +316,10 @@ def test_methods_differ_and_say_what_they_are(runs):
         told = json.loads((folder / "report.json").read_text())["preserve"]
         assert (told["method"], told["strength"], told["kl"]) == (method, strength, kl)
         assert told["source"] == "model" and json.loads(delta.metadata["preserve"]) == told
+        sides = {"soft": {"inputs"}, "kfac": {"inputs", "outputs"}}.get(method)
+        assert (told["lambda"] and {n: set(own) for n, own in told["lambda"].items()}) == (
+            sides and dict.fromkeys(plain.new, sides)
+        )
         # The first loss comes before any update, and counts the edits only.
         assert (folder / "steps.jsonl").read_text().splitlines()[0] == first
 
