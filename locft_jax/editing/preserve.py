@@ -43,7 +43,7 @@ def strength_of(config: Config) -> float | None:
 
 
 def told(config: Config, lambdas: Lambdas) -> dict[str, Any] | None:
-    """Method, strength, lambdas, the divergence's weight and source, for reports and deltas; None when off."""
+    """Method, strength, lambdas, weight of the divergence and source, for reports and deltas; or None."""
     if not preserves(config):
         return None
     return {
