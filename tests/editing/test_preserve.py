@@ -245,10 +245,10 @@ def test_a_wide_input_is_refused():
                        "intermediate_size": MAX_WIDTH + 1, "num_attention_heads": 2,
                        "max_position_embeddings": 64, "rms_norm_eps": 1e-5})  # fmt: skip
     config = Config(preserve="soft")
-    with pytest.raises(UserError, match="inputs of width 8193; soft handles at most 8192"):
+    with pytest.raises(UserError, match="inputs of width 16385; soft handles at most 16384"):
         check_preserve(spec, ["model.layers.1.mlp.down_proj.weight"], config)
     check_preserve(spec, ["model.layers.1.mlp.up_proj.weight"], config)
-    with pytest.raises(UserError, match="outputs of width 8193"):
+    with pytest.raises(UserError, match="outputs of width 16385"):
         check_preserve(spec, ["model.layers.1.mlp.up_proj.weight"], Config(preserve="kfac"))
 
 
