@@ -1,25 +1,89 @@
-"""What preserving edits cost and keep: demo edits with plain LocFT-BF and with `preserve`, side by side.
+"""What preserving edits cost and keep: demo edits with plain LocFT-BF and with every way to preserve.
 
-    python benchmarks/preserve.py [--seeds 0 1] [--lr 1e-3 2e-3] [--strength 3 10]
-        [--source templates] [--small]
+    python benchmarks/preserve.py [--seeds 0 1 2 3 4] [--methods plain kl-prompts ...]
+        [--sequential] [--small]
 
-Every seed is another sample of facts to edit. Prints each run's figures, their mean and spread (standard
-deviation), and one JSON line last.
+Every seed is another sample of facts to edit. Half of all other facts may be retained; `lost` is the
+share of answers about the other half (a sample of the probes) that are no longer right. METHODS were tuned on
+seed 9. `--sequential`: 10 batches of 50 edits, each edited into the model that the one before left.
+
+Prints each method's figures, their mean and spread (standard deviation), and one JSON line last.
 """
 
 import argparse
+import random
 import statistics
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from common import finish, hardware
 
-from locft_jax import Config, edit, load_model
+from locft_jax import Config, edit, evaluate, load_model
 from locft_jax.config import DEMO_FOLDER
 from locft_jax.data.capability import read_capability
-from locft_jax.demo.world import make_edits, make_world
+from locft_jax.demo.world import Fact, World, make_edits, make_world, prompts
 
-FIGURES = ("reliability", "generalization", "lost", "capability")
+FIGURES = ("reliability", "generalization", "lost", "capability", "steps", "seconds")
+KEPT = "KEPT"  # stands for the file of prompts that may be retained
+METHODS: dict[str, dict[str, Any]] = {
+    "plain": {"lr": 1e-3},
+    # Sources that show no retained fact.
+    "soft-templates": {"lr": 2e-3, "preserve": "soft", "preserve_data": "templates"},
+    "kl-templates": {"lr": 2e-3, "preserve_kl": 10, "preserve_data": "templates"},
+    "soft-model": {"lr": 2e-3, "preserve": "soft", "preserve_data": "model"},
+    "kl-model": {"lr": 2e-3, "preserve_kl": 10, "preserve_data": "model"},
+    # Prompts of other facts than those asked.
+    "soft-prompts": {"lr": 2e-3, "preserve": "soft", "preserve_data": KEPT},
+    "null-prompts": {"lr": 2e-3, "preserve": "null", "preserve_data": KEPT},
+    "kfac-prompts": {"lr": 2e-3, "preserve": "kfac", "preserve_data": KEPT},
+    "kl-prompts": {"lr": 2e-3, "preserve_kl": 10, "preserve_data": KEPT},
+    "soft-kl-prompts": {"lr": 2e-3, "preserve": "soft", "preserve_kl": 10, "preserve_data": KEPT},
+}
+SAME = {"layer": 6, "batch_size": 200, "num_steps": 200, "evaluate": False}
+
+
+def edits_and_kept(
+    world: World, count: int, seed: int, probes: int
+) -> tuple[list[dict[str, Any]], list[Fact]]:
+    """`count` edits, and the half of all other facts that may be retained. The edits' locality probes are
+    `probes` of those about the other half."""
+    requests = make_edits(world, count, seed)
+    edited = {(r["relation"], r["subject"]) for r in requests}
+    others = [f for f in world.facts if (f.relation, f.subject) not in edited]
+    kept = others[::2]
+    shown = {p for f in kept for p in prompts(f)}
+    tested = [p["prompt"] for r in requests for p in r["locality_probes"] if p["prompt"] not in shown]
+    asked = set(random.Random(seed).sample(tested, min(probes, len(tested))))
+    for r in requests:
+        r["locality_probes"] = [p for p in r["locality_probes"] if p["prompt"] in asked]
+    return requests, kept
+
+
+def run(
+    model: Any,
+    batches: Sequence[list[dict[str, Any]]],
+    texts: list[str],
+    skills: Any,
+    settings: dict[str, Any],
+) -> dict[str, float]:
+    """Edit the batches one after another; `texts`, and the prompts of earlier batches, are retained where
+    the settings say KEPT. Figures of all edits at the end."""
+    steps, seconds, texts = 0, 0.0, list(texts)
+    for batch in batches:
+        with tempfile.TemporaryDirectory() as folder:
+            kept = Path(folder) / "kept.txt"
+            kept.write_text("\n".join(texts))
+            own = settings | ({"preserve_data": str(kept)} if settings.get("preserve_data") == KEPT else {})
+            result = edit(model, batch, Config(**own))
+        model = result.edited
+        steps += result.report["steps_run"]
+        seconds += result.report["seconds"]["edit"]
+        texts += [r["prompt"] for r in batch]
+    report, _ = evaluate(model, [r for batch in batches for r in batch], skills)
+    figures = report["figures"]
+    return {**figures, "lost": 1 - figures["locality"], "steps": steps, "seconds": seconds}
 
 
 def main() -> None:
@@ -27,39 +91,35 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--lr", type=float, nargs="+", default=[1e-3, 2e-3], help="rates of every method")
-    parser.add_argument("--strength", type=float, nargs="+", default=[10.0], help="of preserve=soft")
-    parser.add_argument("--source", nargs="+", default=["model", "templates"], help="or files of texts")
-    parser.add_argument("--edits", type=int, default=200)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="NAME")
+    parser.add_argument("--probes", type=int, default=1500, help="about facts that are not edited")
+    parser.add_argument("--sequential", action="store_true", help="10 batches of 50 edits")
     parser.add_argument("--small", action="store_true", help="a smoke run of seconds")
     parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
     args = parser.parse_args()
+    world, model = make_world(), load_model(str(DEMO_FOLDER / "model"))
+    skills = read_capability(str(DEMO_FOLDER / "skills.jsonl"))
+    count, size, epochs = (500, 50, 200) if args.sequential else (200, 200, 200)
     if args.small:
-        args.seeds, args.lr, args.source, args.edits = [0], [1e-3], ["templates"], 5
-    methods: list[dict[str, Any]] = [{"preserve": "none"}]
-    methods += [
-        {"preserve": "soft", "preserve_data": data, "preserve_strength": strength}
-        for data in args.source
-        for strength in args.strength
-    ]
-    model, skills = load_model(str(DEMO_FOLDER / "model")), read_capability(str(DEMO_FOLDER / "skills.jsonl"))
-    skills = skills[:20] if args.small else skills
+        args.seeds, args.probes, skills = args.seeds[:1], 20, skills[:20]
+        count, size, epochs = (4, 2, 2) if args.sequential else (4, 4, 2)
     rows = []
-    for lr, method in [(lr, method) for lr in args.lr for method in methods]:
+    for name in args.methods:
         runs = []
         for seed in args.seeds:
-            config = Config(layer=6, lr=lr, batch_size=200, num_steps=2 if args.small else 200, seed=seed,
-                            eval_sample=20 if args.small else None, **method)  # fmt: skip
-            report = edit(model, make_edits(make_world(), args.edits, seed), config, skills).report
-            after = {**report["after"], "lost": 1 - report["after"]["locality_agreement"]}
-            runs.append({k: after[k] for k in FIGURES} | {"seconds": report["seconds"]["edit"]})
-        row: dict[str, Any] = {"lr": lr, **method, "runs": runs}
+            requests, kept = edits_and_kept(world, count, seed, args.probes)
+            batches = [requests[i : i + size] for i in range(0, count, size)]
+            settings = SAME | METHODS[name] | {"num_steps": epochs, "seed": seed}
+            figures = run(model, batches, [p for f in kept for p in prompts(f)], skills, settings)
+            runs.append({k: figures[k] for k in FIGURES})
+        row: dict[str, Any] = {"method": name, **METHODS[name], "runs": runs}
         row["mean"] = {k: statistics.mean(r[k] for r in runs) for k in FIGURES}
         row["spread"] = {k: statistics.pstdev(r[k] for r in runs) for k in FIGURES}
         rows.append(row)
         told = "  ".join(f"{k} {row['mean'][k]:.3f} ± {row['spread'][k]:.3f}" for k in FIGURES)
-        print(f"lr {lr:g} {' '.join(str(v) for v in method.values()):20} {told}", flush=True)
-    finish({"benchmark": "preserve", "hardware": hardware(), "seeds": args.seeds, "rows": rows}, args.out)
+        print(f"{name:20} {told}", flush=True)
+    result = {"benchmark": "preserve", "hardware": hardware(), "seeds": args.seeds, "rows": rows}
+    finish(result | {"sequential": args.sequential}, args.out)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ model/         spec.py   weights.py (the weight table)   quantize.py (int8 froze
                headers.py (what is wrong with a file)   reading.py (parts of tensors)
                hf.py (load, save)
                delta.py (edited tensors, new and old)   combine.py (merge, compose, measure deltas)
-editing/       site.py   step.py   prefix.py   pipeline.py   preserve.py
+editing/       site.py   step.py   prefix.py   pipeline.py
+               retained.py (other texts, to be left alone)   moments.py   preserve.py   keep.py
                checkpoint.py (stop and resume)
                run.py (one edit)
 evaluation/    generate.py   answers.py   metrics.py   run.py   report.py

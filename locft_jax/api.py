@@ -22,7 +22,8 @@ from locft_jax.data.requests import EditData, EditRequest, requests_from_records
 from locft_jax.editing.augment import written_prefixes
 from locft_jax.editing.checkpoint import Checkpoints
 from locft_jax.editing.pipeline import StepRecord
-from locft_jax.editing.preserve import check_preserve, retained_texts, told
+from locft_jax.editing.preserve import check_preserve, told
+from locft_jax.editing.retained import retained_texts
 from locft_jax.editing.run import choose_site, encode_requests, run_edit
 from locft_jax.editing.site import first_layer
 from locft_jax.evaluation.answers import ProbeCache
@@ -157,7 +158,7 @@ def edit(
             "data_sha256": data.sha256,
             "edits": len(data.requests),
             "versions": versions(),
-            **({"preserve": told(config)} if told(config) else {}),
+            **({"preserve": report["preserve"]} if report["preserve"] else {}),
         },
     )
     card = make_card(model_name(model.checkpoint, config.model_name_or_path), report, delta)
@@ -252,7 +253,7 @@ def _report(
         "site": {"tensors": list(site), "parameters": done.parameters},
         "method": config.method,
         "pipeline": config.pipeline,
-        "preserve": told(config),
+        "preserve": told(config, done.lambdas),
         "edits": len(data.requests),
         "duplicates": data.duplicates,
         "conflicts": len(data.conflicts),

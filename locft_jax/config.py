@@ -21,12 +21,6 @@ from locft_jax.progress import say
 DEMO_FOLDER = Path(__file__).parent / "demo"
 DEMO_CONFIG = DEMO_FOLDER / "demo.yaml"
 
-# Keys whose other values wait for a feature, and what works now. Building one shrinks this table.
-NOT_YET: dict[str, tuple[Any, ...]] = {
-    "preserve": ("none", "soft", "null"),
-    "preserve_kl": (None,),
-}
-
 # Keys accepted for the sake of existing files: a run prints the note and does nothing else.
 IGNORED = {"device": "JAX uses every device it finds (JAX_PLATFORMS chooses the kind, `mesh` the layout)"}
 
@@ -70,10 +64,10 @@ class Config:
     capability_data: tuple[str, ...] = ()  # files
     checkpoint_every: str = "10m"  # minutes (10m), or steps (200)
     export: tuple[str, ...] = ("hf", "delta", "orbax")
-    preserve: str = "none"  # or soft, null: updates avoid inputs that other texts have
-    preserve_strength: float | None = None  # soft: > 0; null: a share of the trace, in (0, 1)
+    preserve: str = "none"  # or soft, null, kfac: updates avoid inputs that other texts have
+    preserve_strength: float | None = None  # soft, kfac: > 0; null: a share of the trace, in (0, 1)
     preserve_data: str | None = None  # model (the default), templates, or a file of texts
-    preserve_kl: float | None = None
+    preserve_kl: float | None = None  # weight of KL(base || edited) on the retained texts; 0 = off
     augment_prefixes: int = 0  # times that an edit is also trained after a random text
     augment_data: str | None = None  # file of such texts; None: the model writes them
     augment_rephrases: int = 0  # given rephrases that are trained too, and then not asked
@@ -319,7 +313,7 @@ _RULES: dict[str, _Rule] = {
     "capability_data": _any_number(_PATH),
     "checkpoint_every": _Rule("minutes such as 10m, or a number of steps", _every),
     "export": _any_number(_choice("hf", "delta", "orbax")),
-    "preserve": _TEXT,
+    "preserve": _choice("none", "soft", "null", "kfac"),
     "preserve_strength": _optional(_real(0, above=True)),
     "preserve_data": _optional(_PATH),
     "preserve_kl": _optional(_real(0)),
@@ -338,11 +332,6 @@ def _checked(key: str, value: Any, where: str) -> Any:
         converted, valid = convert(value), True
     except (ValueError, TypeError, OverflowError):
         converted, valid = None, False
-    if key in NOT_YET and not (valid and converted in NOT_YET[key]):
-        supported = ", ".join(shown(v) for v in NOT_YET[key])
-        raise UserError(
-            f"{where}: `{key}: {shown(value)}` is not available in this version; supported: {supported}"
-        )
     if not valid:
         raise UserError(f"{where}: `{key}: {shown(value)}` is not valid; it must be {expected}")
     return converted

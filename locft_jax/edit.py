@@ -20,7 +20,8 @@ from locft_jax.data.capability import read_capability
 from locft_jax.data.requests import read_requests
 from locft_jax.data.streaming import extend, read_earlier, streaming_report, to_record
 from locft_jax.editing.checkpoint import describe_run, finished, guarded, open_run
-from locft_jax.editing.preserve import check_preserve, retained_texts
+from locft_jax.editing.preserve import check_preserve
+from locft_jax.editing.retained import retained_texts
 from locft_jax.editing.run import check_fit, choose_site, encode_requests, last_delta
 from locft_jax.errors import UserError
 from locft_jax.evaluation.metrics import make_probes

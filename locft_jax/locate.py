@@ -23,7 +23,8 @@ from locft_jax.data.requests import read_requests
 from locft_jax.data.tokens import Corpus
 from locft_jax.editing.augment import written_prefixes
 from locft_jax.editing.checkpoint import describe_run
-from locft_jax.editing.preserve import check_preserve, retained_texts
+from locft_jax.editing.preserve import check_preserve
+from locft_jax.editing.retained import retained_texts
 from locft_jax.editing.run import check_fit, encode_requests
 from locft_jax.errors import UserError
 from locft_jax.evaluation.metrics import make_probes

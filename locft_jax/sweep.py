@@ -25,7 +25,8 @@ from locft_jax.data.records import digest
 from locft_jax.data.requests import EditData, read_requests
 from locft_jax.editing.checkpoint import describe_run, resumable
 from locft_jax.editing.pipeline import NonFiniteLoss
-from locft_jax.editing.preserve import check_preserve, retained_texts
+from locft_jax.editing.preserve import check_preserve
+from locft_jax.editing.retained import retained_texts
 from locft_jax.editing.run import check_fit, choose_site, encode_requests
 from locft_jax.errors import UserError
 from locft_jax.evaluation.metrics import make_probes

@@ -12,7 +12,6 @@ from locft_jax import config as config_module
 from locft_jax.config import (
     _RULES,
     DEMO_FOLDER,
-    NOT_YET,
     Config,
     config_from_dict,
     config_to_dict,
@@ -47,7 +46,6 @@ def message(call, *args) -> str:
 
 def test_every_field_is_a_key_with_a_rule():
     assert {f.name for f in dataclasses.fields(Config)} == set(_RULES) | {"source"}
-    assert set(NOT_YET) <= set(_RULES)
 
 
 def test_defaults_are_the_references():
@@ -239,25 +237,6 @@ def test_an_unknown_key_names_the_nearest_known_one_and_the_place(tmp_path, key,
 
 def test_source_is_not_a_key():
     assert "unknown key" in message(load_config, None, [MODEL, "source=x"])
-
-
-@pytest.mark.parametrize(
-    ("setting", "supported"),
-    [
-        ("preserve=kfac", "none, soft, null"),
-        ("preserve_kl=much", "null"),
-    ],
-)
-def test_what_is_not_built_yet_is_refused(setting, supported):
-    key, _, value = setting.partition("=")
-    assert message(load_config, None, [MODEL, setting]) == (
-        f"--set: `{key}: {value}` is not available in this version; supported: {supported}"
-    )
-
-
-def test_every_default_of_a_key_that_waits_is_supported():
-    for key, supported in NOT_YET.items():
-        assert getattr(Config(), key) in supported
 
 
 # ---------------------------------------------------------------- files

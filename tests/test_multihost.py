@@ -41,7 +41,7 @@ MESHES = {"data": "{data: 2, model: 4}", "model": "{data: 1, model: 8}"}  # what
 # What each of them runs, and on one device.
 RUNS = {
     "data": {**SHORT, "prefix_cache": "device"},
-    "model": {**SHORT, "prefix_cache": "disk", "preserve": "soft"},
+    "model": {**SHORT, "prefix_cache": "disk", "preserve": "kfac", "preserve_kl": 1},
 }
 
 # Runs commands (JSON: name, arguments) one after another, having joined once, and counts the bytes that it

@@ -201,6 +201,20 @@ def test_an_edit_is_four_programs(tiny):
     assert names(prefix_cache="off", evaluate=False) == ["train step"]
 
 
+def test_what_preserving_holds_is_counted(tiny):
+    """P_in [in, in] and P_out [out, out], and a batch of retained texts."""
+    case, mesh = tiny[0], make_mesh({"data": 2, "model": 4})
+    changes = [{}, {"preserve": "soft"}, {"preserve": "kfac"}, {"preserve_kl": 1.0}]
+    configs = [dataclasses.replace(case.config, **own) for own in changes]
+    steps = [programs(dataclasses.replace(case, config=config), mesh, 2**40)[0] for config in configs]
+    plain, soft, kfac, kl = map(compiled, steps)
+    spec = case.spec
+    assert case.site == ("model.layers.1.mlp.down_proj.weight",)
+    assert soft.held - plain.held == spec.d_ff**2 * 4 // 4  # its columns are split
+    assert kfac.held - soft.held == spec.d_model**2 * 4  # its rows are not
+    assert kl.held > plain.held and kl.program.weights == plain.program.weights
+
+
 def test_a_compiled_program_is_measured(tiny):
     case, mesh = tiny[0], make_mesh({"data": 1, "model": 8})
     step = programs(case, mesh, 2**40)[0]

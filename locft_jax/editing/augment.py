@@ -8,7 +8,7 @@ import numpy as np
 
 from locft_jax.config import Config
 from locft_jax.data.requests import EditRequest
-from locft_jax.editing.preserve import sample_model
+from locft_jax.editing.retained import sample_model
 from locft_jax.errors import UserError
 from locft_jax.model.hf import Model
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from locft_jax.data.tokens import Batch, Corpus, Shape, epoch_batches, fit_shape, pack
 from locft_jax.editing.prefix import Source
-from locft_jax.editing.step import EditState, Hyper, train_step
+from locft_jax.editing.step import EditState, Hyper, Kept, Sides, train_step
 from locft_jax.model.sharding import place, replicated, rows_sharding, source_sharding
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights
@@ -179,7 +179,8 @@ def run_pipeline(
     base: Edits = {},  # noqa: B006 (never written to)
     done: Sequence[StepRecord] = (),
     keeper: Keeper | None = None,
-    preserve: Mapping[str, jax.Array] = {},  # noqa: B006 (never written to)
+    preserve: Mapping[str, Sides] = {},  # noqa: B006 (never written to)
+    keep: Callable[[int], Kept | None] = lambda visit: None,
     watch: Watch | None = None,
 ) -> Outcome:
     """The editing loop (method.md, Training). Breadth-first, LocFT-BF's: at most `epochs` shuffled passes
@@ -190,8 +191,9 @@ def run_pipeline(
     `state` is consumed (donated). `shape` overrides `run_shape` (a larger one gives the same result);
     `base`: edits that the model already carries; `done`: the steps that led to `state`, in a run that
     goes on; `keeper` is given the state whenever it says that it is due;
-    `preserve`: matrices that every update is multiplied with (editing/preserve.py); `watch` is given the
-    state after every `eval_every` epochs (depth-first: mini-batches).
+    `preserve`: matrices that every update is multiplied with (editing/preserve.py); `keep`: the number of a
+    mini-batch that the run comes to -> the retained texts beside it, on the mesh (editing/keep.py);
+    `watch` is given the state after every `eval_every` epochs (depth-first: mini-batches).
     Raises NonFiniteLoss naming epoch, step and batch.
     """
     shape = shape or run_shape(corpus, schedule, mesh)
@@ -205,13 +207,13 @@ def run_pipeline(
     first, made = _position(schedule, done)
     fresh = _fresh(state.optimizer)
 
-    def prepare() -> Iterator[tuple[np.ndarray, Any, Batch]]:
-        for which in itertools.islice(_visits(corpus, schedule), first, None):
+    def prepare() -> Iterator[tuple[np.ndarray, Any, Batch, Kept | None]]:
+        for visit, which in enumerate(itertools.islice(_visits(corpus, schedule), first, None), first):
             batch = pack(corpus, corpus.examples_of(which), shape, schedule.average)
             assert batch is not None, "run_shape saw every batch"
             array, batch = source.feed(batch)
             array = place(array, source_sharding(mesh, array.shape))
-            yield which, array, place_batch(batch, mesh)
+            yield which, array, place_batch(batch, mesh), keep(visit)
 
     records = list(done)
     pending: tuple[int, np.ndarray, jax.Array] | None = None
@@ -236,7 +238,7 @@ def run_pipeline(
         on_step(record)
 
     with contextlib.closing(ahead(prepare())) as batches:
-        for visit, (which, array, batch) in enumerate(batches, first):
+        for visit, (which, array, batch, kept) in enumerate(batches, first):
             if not depth and visit and visit % per_epoch == 0:  # the first of another epoch
                 read()
                 if mean_loss(records[-per_epoch:]) < floor:
@@ -245,7 +247,7 @@ def run_pipeline(
                 state = EditState(state.theta, fresh())
             for n in range(made, schedule.epochs if depth else 1):
                 state, loss = train_step(
-                    spec, source.layer, hyper, state, weights, base, array, batch, preserve
+                    spec, source.layer, hyper, state, weights, base, array, batch, preserve, kept
                 )
                 read()  # of the step before: the device is busy with this one
                 pending = visit // per_epoch, which, loss

@@ -17,9 +17,11 @@ from locft_jax.data.requests import EditRequest
 from locft_jax.data.tokens import Corpus, encode_pairs
 from locft_jax.editing.augment import prefix_texts, training_prompts
 from locft_jax.editing.checkpoint import Checkpoints
+from locft_jax.editing.keep import make_keep
 from locft_jax.editing.pipeline import Outcome, Schedule, StepRecord, run_pipeline
 from locft_jax.editing.prefix import Source, cached_source, choose_mode
-from locft_jax.editing.preserve import make_preserve
+from locft_jax.editing.preserve import Lambdas, make_preserve
+from locft_jax.editing.retained import retained_ids
 from locft_jax.editing.site import find_site, first_layer, materialize, parameters, read_site
 from locft_jax.editing.step import Hyper, init_state
 from locft_jax.errors import UserError
@@ -40,6 +42,7 @@ class Edited:
     prefix_cache: str  # the mode that was chosen
     boundary_merges: int
     seconds: float
+    lambdas: Lambdas  # of `preserve`
 
 
 def choose_site(spec: ModelSpec, config: Config) -> tuple[str, ...]:
@@ -124,7 +127,7 @@ def run_edit(
     """LocFT-BF on one model: the given model is not changed. `start`: values that the site's tensors
     begin with (HF names; default: the model's own). With `checkpoints` the run goes on from the newest
     one and leaves others; `on_step` is told of the steps made before too. `retained`: texts for the config's
-    `preserve` (None: the model's own). `source`: the corpus as it enters the site's lowest layer, from a
+    `preserve...` (None: the model's own). `source`: the corpus as it enters the site's lowest layer, from a
     caller who edits at many sites (default: made here). `watch` is given the site's tensors, as they would
     be exported, after every `eval_every` epochs (depth-first: mini-batches).
 
@@ -149,7 +152,9 @@ def run_edit(
         source = cached_source(
             model.spec, model.weights, corpus, layer, mode, model.mesh, config.row_length, base=base
         )
-    preserve = make_preserve(model, site, config, retained)
+    ids = retained_ids(model, config, retained)
+    preserve, lambdas = make_preserve(model, site, config, ids)
+    keep = make_keep(model, source, config, ids, agreed_budgets(config))
     exported = lambda theta: to_checkpoint_dtype(model.checkpoint, materialize(theta, base))  # noqa: E731
     look = lambda state, records: watch(exported(state.theta), records) if watch else None  # noqa: E731
     outcome = run_pipeline(
@@ -165,6 +170,7 @@ def run_edit(
         done=done,
         keeper=checkpoints,
         preserve=preserve,
+        keep=keep,
         watch=look if watch else None,
     )
     tensors = exported(outcome.state.theta)
@@ -172,16 +178,27 @@ def run_edit(
     if checkpoints is not None:
         seconds = checkpoints.finish(outcome.state, outcome.records)
     return Edited(
-        tensors, outcome, parameters(outcome.state.theta), source.mode, corpus.boundary_merges, seconds
+        tensors,
+        outcome,
+        parameters(outcome.state.theta),
+        source.mode,
+        corpus.boundary_merges,
+        seconds,
+        lambdas,
     )
 
 
 def cache_mode(model: Model, corpus: Corpus, layer: int, config: Config) -> str:
     """Where the activations that enter `layer` are kept, as `choose_mode` says."""
     size = len(corpus.tokens) * model.spec.d_model * np.dtype(model.dtype).itemsize
-    device, host = hosts.least(*memory_budgets(config.memory_budget))
     split = width_split(model.mesh, model.spec.d_model)
-    return choose_mode(config.prefix_cache, layer, size, device, host, split)
+    return choose_mode(config.prefix_cache, layer, size, *agreed_budgets(config), split)
+
+
+def agreed_budgets(config: Config) -> tuple[float, float]:
+    """`memory_budgets`, of several processes the least."""
+    device, host = hosts.least(*memory_budgets(config.memory_budget))
+    return device, host
 
 
 def last_delta(folder: str | Path, checkpoint: Checkpoint, site: Sequence[str]) -> Delta:

@@ -19,6 +19,8 @@ from locft_jax.model import decoder
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights, take_tensor
 
+Sides = tuple[jax.Array, jax.Array | None]  # P_in [in, in], P_out [out, out]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -40,20 +42,39 @@ class Hyper:
     norm_constraint: float | None = None  # no element moves further than this from the base (FT-L)
 
 
-def precondition(inputs: Mapping[str, jax.Array]) -> optax.GradientTransformation:
-    """Updates U [out, in] -> U P for the tensors that have a P [in, in] (editing/preserve.py); the others
-    stay as they are. No state; with nothing in `inputs` no operation."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """A mini-batch of retained texts, and what the base model expects at its M targets: the K likeliest
+    tokens and all others together (editing/keep.py)."""
+
+    source: jax.Array  # as the edits' own: token ids [total], or activations [total, D]
+    batch: Batch  # `labels` are not read
+    ids: Any  # [M, K] int32
+    logp: Any  # [M, K] float32, log-probabilities
+    rest: Any  # [M] float32, log of the probability of all others
+    strength: Any  # of the divergence in the loss
+
+
+def precondition(preserve: Mapping[str, Sides]) -> optax.GradientTransformation:
+    """Updates U [out, in] -> P_out U P_in for the tensors that have such matrices (editing/preserve.py); the
+    others stay as they are. No state; with nothing in `preserve` no operation."""
+    product = functools.partial(jnp.einsum, "ab,bc->ac", precision=jax.lax.Precision.HIGHEST)
 
     def update(updates: Theta, params: Theta | None = None) -> Theta:
-        product = functools.partial(jnp.einsum, "oi,ij->oj", precision=jax.lax.Precision.HIGHEST)
-        return {n: product(u, inputs[n]) if n in inputs else u for n, u in updates.items()}
+        found = dict(updates)
+        for name in updates.keys() & preserve.keys():
+            inner, outer = preserve[name]
+            found[name] = product(found[name], inner)
+            found[name] = found[name] if outer is None else product(outer, found[name])
+        return found
 
     return optax.stateless(update)
 
 
 def make_optimizer(
     hyper: Hyper,
-    preserve: Mapping[str, jax.Array] = {},  # noqa: B006 (never written to)
+    preserve: Mapping[str, Sides] = {},  # noqa: B006 (never written to)
 ) -> optax.GradientTransformationExtraArgs:
     """torch.optim.Adam (0.9, 0.999, 1e-8) with L2 weight decay in the gradient, at a constant
     rate; a batch with loss below the floor moves neither the weights nor Adam's moments and count
@@ -105,6 +126,17 @@ def batch_loss(
     return jnp.sum(losses * batch.weight)
 
 
+def divergence(scores: jax.Array, kept: Kept) -> jax.Array:
+    """KL(base || model) in nats, averaged by the batch's weights, of the model's logits [M, V]: exact for the
+    K tokens that are kept, all others count as one, so that it is never more than the whole one."""
+    at = jnp.arange(len(scores))[:, None]
+    total = jax.nn.logsumexp(scores, axis=-1)
+    # 1 - sum would lose a small remainder: the others are added up themselves.
+    others = jax.nn.logsumexp(scores.at[at, kept.ids].set(-jnp.inf), axis=-1) - total
+    each = jnp.sum(jnp.exp(kept.logp) * (kept.logp - (scores[at, kept.ids] - total[:, None])), axis=-1)
+    return jnp.sum(kept.batch.weight * (each + jnp.exp(kept.rest) * (kept.rest - others)))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def train_step(
     spec: ModelSpec,
@@ -115,12 +147,20 @@ def train_step(
     base: Edits,
     source: jax.Array,
     batch: Batch,
-    preserve: Mapping[str, jax.Array] = {},  # noqa: B006 (never written to)
+    preserve: Mapping[str, Sides] = {},  # noqa: B006 (never written to)
+    kept: Kept | None = None,
 ) -> tuple[EditState, jax.Array]:
-    """One step on one packed batch: (state, frozen weights, inputs) -> (state, loss)."""
-    loss, grads = jax.value_and_grad(batch_loss, argnums=2)(
-        spec, start, state.theta, weights, base, source, batch
-    )
+    """One step on one packed batch: (state, frozen weights, inputs) -> (state, loss). With `kept` the
+    gradient is that of loss + strength x divergence; the loss, and all that looks at it, stays the edits'."""
+
+    def objective(theta: Theta) -> tuple[jax.Array, jax.Array]:
+        loss = batch_loss(spec, start, theta, weights, base, source, batch)
+        if kept is None:
+            return loss, loss
+        scores = target_logits(spec, start, weights, materialize(theta, base), kept.source, kept.batch)
+        return loss + kept.strength * divergence(scores, kept), loss
+
+    (_, loss), grads = jax.value_and_grad(objective, has_aux=True)(state.theta)
     updates, optimizer = make_optimizer(hyper, preserve).update(
         grads, state.optimizer, state.theta, loss=loss
     )

@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from locft_jax import hosts
 from locft_jax.config import Config
 from locft_jax.data.capability import CapabilityItem
 from locft_jax.data.tokens import check_prompts, encode_pairs, prompt_ids
 from locft_jax.editing.prefix import choose_mode
-from locft_jax.editing.run import memory_budgets
+from locft_jax.editing.run import agreed_budgets
 from locft_jax.errors import UserError
 from locft_jax.evaluation.answers import ProbeCache, answer, begin_cache, score_corpus
 from locft_jax.evaluation.generate import Reader
@@ -155,9 +154,8 @@ def _cache_mode(model: Model, asked: Asked, layer: int, config: Config, beside: 
     texts = sum(len(p) + len(g) + 1 for p, g in zip(asked.prompts, asked.guesses, strict=True))
     size = (texts + beside) * model.spec.d_model * np.dtype(model.dtype).itemsize
     try:
-        device, host = hosts.least(*memory_budgets(config.memory_budget))
         split = width_split(model.mesh, model.spec.d_model)
-        return choose_mode(config.prefix_cache, layer, size, device, host, split)
+        return choose_mode(config.prefix_cache, layer, size, *agreed_budgets(config), split)
     except UserError:  # the mode that was asked for holds the edit's own at most
         return "off"
 

@@ -11,6 +11,7 @@ import numpy as np
 from locft_jax.config import Config
 from locft_jax.data.requests import read_requests
 from locft_jax.data.tokens import Corpus, corpus_from_lists
+from locft_jax.editing.preserve import check_preserve
 from locft_jax.editing.run import choose_site, encode_requests
 from locft_jax.editing.site import first_layer
 from locft_jax.errors import UserError
@@ -56,6 +57,7 @@ def make_case(config: Config, model_config: Path | None = None) -> tuple[Case, l
     values = read_config(path)
     spec = parse_spec(values, str(path))
     site = choose_site(spec, config)
+    check_preserve(spec, site, config)
     folder = path if path.is_dir() and any(path.glob("*.safetensors")) else None
     stored = open_checkpoint(str(folder)).dtype if folder else _stored_dtype(values)
     given = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}

@@ -15,15 +15,20 @@ from jax.sharding import Mesh
 from locft_jax.data.tokens import (
     Batch,
     Rows,
+    corpus_from_lists,
     epoch_batches,
     even_rows,
     few_sizes,
+    fit_shape,
     pack,
 )
+from locft_jax.editing.keep import TEXTS, TOP
+from locft_jax.editing.moments import matrices_of
 from locft_jax.editing.pipeline import batch_shardings, run_shape
 from locft_jax.editing.prefix import choose_mode, prefix_pass
+from locft_jax.editing.preserve import side_shardings
 from locft_jax.editing.run import schedule_of
-from locft_jax.editing.step import EditState, Hyper, init_state, train_step
+from locft_jax.editing.step import EditState, Hyper, Kept, Sides, init_state, train_step
 from locft_jax.evaluation.answers import packed
 from locft_jax.evaluation.generate import MOST, Reader, decode, pool_like, read_batch
 from locft_jax.evaluation.metrics import NEW_TOKENS
@@ -118,26 +123,69 @@ def programs(case: Case, mesh: Mesh, memory: float) -> list[Program]:
     return found
 
 
+def sides(case: Case, mesh: Mesh) -> dict[str, Sides]:
+    """The matrices that updates are multiplied with."""
+    if case.config.preserve == "none":
+        return {}
+    made: dict[str, Sides] = {}
+    for name in matrices_of(case.spec, case.site):
+        (out, width), (columns, rows) = (
+            locate_tensor(case.spec, name)[0].shape,
+            side_shardings(mesh, case.spec, name),
+        )
+        other: Any = shaped((out, out), np.float32, rows) if case.config.preserve == "kfac" else None
+        own: Any = shaped((width, width), np.float32, columns)
+        made[name] = own, other
+    return made
+
+
+def kept(case: Case, mesh: Mesh, start: int, mode: str) -> Kept | None:
+    """A mini-batch of retained texts, taken to be as long as the edits' prompts."""
+    if not case.config.preserve_kl:
+        return None
+    lengths = case.corpus.target_start[:TEXTS]
+    corpus = corpus_from_lists([np.zeros(n + 1, np.int32) for n in lengths], np.ones(len(lengths)))
+    every = np.arange(len(corpus))
+    packed_batch = pack(
+        corpus, every, fit_shape(corpus, [every], case.config.row_length, mesh.shape["data"]), "token"
+    )
+    assert packed_batch is not None, "fit_shape saw it"
+    batch, everywhere = placed(packed_batch, mesh), replicated(mesh)
+    targets, top = batch.labels.size, min(TOP, case.spec.vocab_size - 1)
+    return Kept(
+        source_of(case, mesh, start, mode, batch),
+        batch,
+        shaped((targets, top), np.int32, everywhere),
+        shaped((targets, top), np.float32, everywhere),
+        shaped((targets,), np.float32, everywhere),
+        shaped((), np.float32, everywhere),
+    )
+
+
+def source_of(case: Case, mesh: Mesh, start: int, mode: str, batch: Batch) -> Any:
+    """What a step looks a batch's inputs up in: of the corpus on the device, else of the batch alone."""
+    if start == 0:
+        return shaped((case.tokens,), np.int32, replicated(mesh))
+    slots, d = case.tokens if mode == "device" else batch.index.size, case.spec.d_model
+    return shaped((slots, d), case.dtype, source_sharding(mesh, (slots, d)))
+
+
 def train_program(case: Case, mesh: Mesh, weights: Weights, state: EditState, mode: str) -> Program:
     """The training step on mini-batches as the run makes them."""
     schedule = dataclasses.replace(schedule_of(case.config), epochs=1)
     which = next(epoch_batches(len(case.corpus), case.config.batch_size, case.config.seed, 0))
     packed_batch = pack(case.corpus, which, run_shape(case.corpus, schedule, mesh))
     assert packed_batch is not None, "run_shape saw the first mini-batch"
-    batch, d = placed(packed_batch, mesh), case.spec.d_model
-    start = 0 if mode == "off" else case.layer
-    if mode == "off":
-        source = shaped((case.tokens,), np.int32, replicated(mesh))
-    else:  # elsewhere than on the device, only the batch's own travel
-        slots = case.tokens if mode == "device" else batch.index.size
-        source = shaped((slots, d), case.dtype, source_sharding(mesh, (slots, d)))
+    batch, start = placed(packed_batch, mesh), 0 if mode == "off" else case.layer
+    source = source_of(case, mesh, start, mode, batch)
+    more = sides(case, mesh), kept(case, mesh, start, mode)
     number: Any = shaped((), np.float32, replicated(mesh))
     hyper = Hyper(number, number, number, None if case.config.norm_constraint is None else number)
     size = Size(batch.index.size, batch.index.shape[1], batch.labels.size, case.dtype.itemsize)
     held, own = chip_bytes(weights), chip_bytes(state)
     return Program(
         "train step",
-        lambda: train_step.lower(case.spec, start, hyper, state, weights, {}, source, batch),
+        lambda: train_step.lower(case.spec, start, hyper, state, weights, {}, source, batch, *more),
         held,
         own,
         unread(weights, "embed") if start else 0,

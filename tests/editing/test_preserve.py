@@ -14,16 +14,9 @@ from locft_jax.commands import run_command
 from locft_jax.data.requests import requests_from_records
 from locft_jax.edit import main as edit
 from locft_jax.editing import pipeline
-from locft_jax.editing.preserve import (
-    MAX_WIDTH,
-    check_preserve,
-    input_matrix,
-    layer_inputs,
-    retained_texts,
-    sample_model,
-    second_moments,
-    template_texts,
-)
+from locft_jax.editing.moments import gradient_moments, layer_inputs, second_moments
+from locft_jax.editing.preserve import MAX_WIDTH, check_preserve, input_matrix, lambda_of
+from locft_jax.editing.retained import retained_texts, sample_model, template_texts
 from locft_jax.editing.step import Hyper, make_optimizer
 from locft_jax.model import decoder
 from locft_jax.model.hf import load_model
@@ -103,6 +96,34 @@ def test_eight_devices_give_the_same_statistics(tiny_model_dir, texts, moments):
         np.testing.assert_allclose(c, moments[name], rtol=1e-4, atol=1e-5 * moments[name].max())
 
 
+# ---------------------------------------------------------------- G
+
+
+def test_gradient_moments_equal_torchs(torch, model, tiny_model_dir, texts):
+    """The labels come from `sampled`, by the rule that the code states; everything else is torch's."""
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(str(tiny_model_dir), dtype=torch.float64)
+    found = gradient_moments(model.spec, model.weights, SITE, texts[:20], model.mesh, 32, seed=3)
+    sums, at = dict.fromkeys(SITE, 0), 0
+    for name in SITE:
+        module = reference.get_submodule(name.removesuffix(".weight"))
+        module.register_forward_hook(lambda m, i, out, name=name: kept.__setitem__(name, out))
+    draw = jax.vmap(lambda place, s: jax.random.categorical(jax.random.fold_in(jax.random.key(3), place), s))
+    for ids in texts[:20]:
+        kept = {}
+        scores = reference(torch.tensor([ids])).logits[0].log_softmax(-1)
+        labels = draw(at + jnp.arange(len(ids)), jnp.asarray(scores.detach().numpy(), jnp.float32))
+        at += len(ids) + 1  # a corpus has one more token a text
+        own = scores.gather(1, torch.tensor(np.asarray(labels, np.int64))[:, None]).sum()
+        for name, g in zip(SITE, torch.autograd.grad(own, [kept[n] for n in SITE]), strict=True):
+            sums[name] += (g[0].T @ g[0]).numpy()
+    for name, got in found.items():
+        want = sums[name] / sum(map(len, texts[:20]))
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4 * np.abs(want).max(), err_msg=name)
+
+
 # ---------------------------------------------------------------- P, and the transformation
 
 
@@ -113,6 +134,7 @@ def test_soft_is_lambda_times_the_inverse():
     want = lam * np.linalg.inv(c + lam * np.eye(6))
     np.testing.assert_allclose(input_matrix(c, "soft", 7), want, atol=1e-6)
     np.testing.assert_allclose(input_matrix(1e6 * c, "soft", 7), want, atol=1e-6)  # no unit
+    assert lambda_of(c, 7) == pytest.approx(lam)
 
 
 def test_null_takes_out_the_directions_that_hold_the_energy():
@@ -126,22 +148,27 @@ def test_null_takes_out_the_directions_that_hold_the_energy():
 def test_five_steps_equal_plain_numpy():
     rng = np.random.default_rng(0)
     w, x = rng.standard_normal((5, 7)), rng.standard_normal((40, 7))
-    p = input_matrix(x.T @ x / 40, "soft", 10)
+    p, q = input_matrix(x.T @ x / 40, "soft", 10), input_matrix(w @ w.T, "kfac", 3)
     gradients = rng.standard_normal((5, 5, 7))
-    optimizer = make_optimizer(Hyper(0.1, 0.0, 0.5), {"w": jnp.asarray(p)})
-    theta = {"w": jnp.asarray(w, jnp.float32), "norm": jnp.ones(3)}
+    optimizer = make_optimizer(
+        Hyper(0.1, 0.0, 0.5), {"w": (jnp.asarray(p), None), "both": (jnp.asarray(p), jnp.asarray(q))}
+    )
+    theta = {"w": jnp.asarray(w, jnp.float32), "both": jnp.asarray(w, jnp.float32), "norm": jnp.ones(3)}
     state = optimizer.init(theta)
     m = v = np.zeros_like(w)
-    want, count = w.copy(), 0
+    want, both, count = w.copy(), w.copy(), 0
     for i, g in enumerate(gradients):
         loss = 0.1 if i == 2 else 1.0  # one step is skipped
         grads = {"w": jnp.asarray(g, jnp.float32), "norm": jnp.ones(3)}
+        grads["both"] = grads["w"]
         updates, state = optimizer.update(grads, state, theta, loss=jnp.float32(loss))
         theta = {n: a + updates[n] for n, a in theta.items()}
         if loss >= 0.5:
             count += 1
             m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-            want -= 0.1 * (m / (1 - 0.9**count) / (np.sqrt(v / (1 - 0.999**count)) + 1e-8)) @ p
+            step = 0.1 * (m / (1 - 0.9**count) / (np.sqrt(v / (1 - 0.999**count)) + 1e-8)) @ p
+            want, both = want - step, both - q @ step
+    np.testing.assert_allclose(theta["both"], both, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(theta["w"], want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(theta["norm"], 1 - 0.1 * count, rtol=1e-5)  # a tensor without a P
 
@@ -192,7 +219,9 @@ def test_files_of_texts(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"preserve": "kfac"}, "not available in this version; supported: none, soft, null"),
+        ({"preserve": "hard"}, "it must be one of none, soft, null, kfac"),
+        ({"preserve_kl": -1}, "a number >= 0"),
+        ({"preserve_kl": 1, "preserve_data": "missing.txt"}, "preserve_data: missing.txt"),
         ({"preserve": "soft", "preserve_strength": 0}, "a number > 0"),
         ({"preserve": "null", "preserve_strength": 1}, "> 0 and < 1"),
         ({"preserve": "soft", "preserve_data": "missing.txt"}, "preserve_data: missing.txt"),
@@ -216,9 +245,11 @@ def test_a_wide_input_is_refused():
                        "intermediate_size": MAX_WIDTH + 1, "num_attention_heads": 2,
                        "max_position_embeddings": 64, "rms_norm_eps": 1e-5})  # fmt: skip
     config = Config(preserve="soft")
-    with pytest.raises(UserError, match="at most 8192"):
+    with pytest.raises(UserError, match="inputs of width 16385; soft handles at most 16384"):
         check_preserve(spec, ["model.layers.1.mlp.down_proj.weight"], config)
     check_preserve(spec, ["model.layers.1.mlp.up_proj.weight"], config)
+    with pytest.raises(UserError, match="outputs of width 16385"):
+        check_preserve(spec, ["model.layers.1.mlp.up_proj.weight"], Config(preserve="kfac"))
 
 
 # ---------------------------------------------------------------- the whole run
@@ -243,7 +274,8 @@ def runs(edit_arguments, tmp_path_factory):
 
 
 def test_resumed_runs_end_with_the_same_bytes(runs, edit_arguments, tmp_path, monkeypatch):
-    _, whole = runs("soft", preserve="soft")
+    both = {"preserve": "soft", "preserve_kl": 1}
+    _, whole = runs("both", **both)
     make, out = pipeline.StepRecord, tmp_path / "out"
 
     def stop(epoch, at, *rest):
@@ -251,7 +283,7 @@ def test_resumed_runs_end_with_the_same_bytes(runs, edit_arguments, tmp_path, mo
             os.kill(os.getpid(), signal.SIGTERM)
         return make(epoch, at, *rest)
 
-    arguments = edit_arguments(out, **RUN, preserve="soft")
+    arguments = edit_arguments(out, **RUN, **both)
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "StepRecord", stop)
         assert run_command(edit, arguments) == 1
@@ -265,20 +297,39 @@ def test_methods_differ_and_say_what_they_are(runs):
     plain, folder = runs("none")
     assert json.loads((folder / "report.json").read_text())["preserve"] is None
     assert "preserve" not in plain.metadata
-    for method, changes in (("soft", {}), ("null", {"preserve_strength": 0.5})):
-        delta, folder = runs(method, preserve=method, **changes)
-        assert any((delta.new[n] != plain.new[n]).any() for n in plain.new)
+    first = (folder / "steps.jsonl").read_text().splitlines()[0]
+    tried = [
+        ("soft", 10, None),
+        ("kfac", 10, None),
+        ("null", 0.5, None),
+        ("none", None, 1),
+        ("none", None, 9),
+        ("soft", 10, 1),
+    ]
+    seen = [plain]
+    for method, strength, kl in tried:
+        changes = {"preserve_strength": strength} if method == "null" else {}
+        name = "both" if method == "soft" and kl else f"{method} {kl}"
+        delta, folder = runs(name, preserve=method, **changes, **({"preserve_kl": kl} if kl else {}))
+        assert all(any((delta.new[n] != other.new[n]).any() for n in plain.new) for other in seen)
+        seen.append(delta)
         told = json.loads((folder / "report.json").read_text())["preserve"]
-        assert told["method"] == method and told["strength"] == (0.5 if changes else 10)
+        assert (told["method"], told["strength"], told["kl"]) == (method, strength, kl)
         assert told["source"] == "model" and json.loads(delta.metadata["preserve"]) == told
+        sides = {"soft": {"inputs"}, "kfac": {"inputs", "outputs"}}.get(method)
+        assert (told["lambda"] and {n: set(own) for n, own in told["lambda"].items()}) == (
+            sides and dict.fromkeys(plain.new, sides)
+        )
+        # The first loss comes before any update, and counts the edits only.
+        assert (folder / "steps.jsonl").read_text().splitlines()[0] == first
 
 
 def test_eight_devices_train_alike(runs, tmp_path):
     kept = tmp_path / "kept.txt"
     kept.write_text("\n".join(TEXTS))
-    soft = {"preserve": "soft", "preserve_data": kept}
-    one, _ = runs("one", **soft)
-    many, _ = runs("many", **soft, mesh="{data: 2, model: 4}")
+    everything = {"preserve": "kfac", "preserve_data": kept, "preserve_kl": 1}
+    one, _ = runs("one", **everything)
+    many, _ = runs("many", **everything, mesh="{data: 2, model: 4}")
     for name, value in one.new.items():
         moved = np.abs(value - one.base[name]).max()
         # Adam's first steps follow signs of gradients: a tiny one may flip.

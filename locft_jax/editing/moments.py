@@ -1,0 +1,190 @@
+"""Second moments at a matrix over retained texts: of its inputs, C = E[x x^T], and of the gradients at its
+outputs, G = E[g g^T], where g is that of the log-likelihood of labels that the model itself draws."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from locft_jax.data.tokens import Batch, corpus_from_lists, even_rows, fit_shape, pack, sequential_batches
+from locft_jax.editing.pipeline import place_batch
+from locft_jax.model import decoder
+from locft_jax.model.sharding import place, replicated, split_width, whole_width
+from locft_jax.model.spec import ModelSpec
+from locft_jax.model.weights import Edits, Weights, activation_dtype, locate_tensor, weight_table
+
+ROWS, LABEL_ROWS = 64, 16  # of a batch of the pass that sums C up, and of the one for G (with all logits)
+INPUTS = {"q": "attn", "k": "attn", "v": "attn", "o": "o", "gate": "mlp", "up": "mlp", "down": "down"}
+
+Moments = dict[str, jax.Array]  # HF tensor name -> C [in, in] or G [out, out], float32
+Place = tuple[int, str]  # layer, and a key (outputs) or a value (inputs) of INPUTS
+
+
+def layer_inputs(
+    spec: ModelSpec,
+    w: Weights,
+    x: jax.Array,
+    rows: Any,
+    window: jax.Array,
+    nudge: Mapping[str, jax.Array] = {},  # noqa: B006 (never written to)
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """decoder.block, and what enters its matrices: {value of INPUTS: [B, T, in]}. `nudge`: {key of INPUTS:
+    [B, T, out]}, added to what leaves them."""
+    w = w | {f"{m}_bias": w.get(f"{m}_bias", 0) + nudge[m] for m in ("q", "k", "v") if m in nudge}
+    h = decoder.rms_norm(x, w["attn_norm"], spec.rms_eps)
+    k, v = decoder.keys_values(spec, w, h, rows.positions)
+    mask = decoder.segment_mask(rows.segments, rows.positions, rows, window)
+    attended = decoder.attention(decoder.queries(spec, w, h, rows.positions), k, v, mask)
+    x = split_width(x + decoder.linear(attended, w["o"], nudge.get("o")))
+    m = whole_width(decoder.rms_norm(x, w["mlp_norm"], spec.rms_eps))
+    gate = decoder.linear(m, w["gate"], nudge.get("gate"))
+    f = jax.nn.silu(gate) * decoder.linear(m, w["up"], nudge.get("up"))
+    x = split_width(x + decoder.linear(f, w["down"], nudge.get("down")))
+    return x, {"attn": h, "o": attended, "mlp": m, "down": f}
+
+
+def _walk(
+    spec: ModelSpec,
+    weights: Weights,
+    edits: Edits,
+    x: jax.Array,
+    rows: Any,
+    layers: Sequence[int],
+    nudges: Mapping[Place, jax.Array] = {},  # noqa: B006 (never written to)
+) -> tuple[jax.Array, dict[Place, jax.Array]]:
+    """x [B, T, D] entering layer 0 -> what leaves the last of `layers`, and what enters the matrices of all
+    of them, as in `layer_inputs`."""
+    found: dict[Place, jax.Array] = {}
+    at = 0
+    for layer in layers:
+        x = decoder.run_layers(spec, weights, edits, x, rows, at, layer) if layer > at else x
+        own = {m: a for (l, m), a in nudges.items() if l == layer}
+
+        def body(w: Weights, l: Any, x: Any, layer: int = layer, own: Any = own) -> Any:
+            x, inputs = layer_inputs(spec, w, x, rows, decoder.windows(spec)[layer], own)
+            found.update({(layer, kind): a for kind, a in inputs.items()})
+            return x
+
+        x, at = decoder.fold_layers(spec, weights, edits, body, x, layer, layer + 1), layer + 1
+    return x, found
+
+
+def _squares(x: jax.Array, used: jax.Array) -> jax.Array:
+    """Sum of x x^T over the used [B, T] vectors of x [B, T, D]: [D, D] float32."""
+    z = jnp.where(used[..., None], x, 0).astype(jnp.float32)
+    return jnp.einsum("btd,bte->de", z, z, precision=jax.lax.Precision.HIGHEST)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _input_sums(
+    spec: ModelSpec,
+    wanted: tuple[Place, ...],
+    weights: Weights,
+    edits: Edits,
+    tokens: jax.Array,
+    batch: Batch,
+) -> dict[Place, jax.Array]:
+    """Sums of x x^T over a batch's tokens, {(layer, value of INPUTS): [in, in]}, for the wanted inputs."""
+    x = decoder.embed(spec, weights, edits, tokens[batch.index])
+    _, found = _walk(spec, weights, edits, x, batch.rows, sorted({l for l, _ in wanted}))
+    return {place: _squares(found[place], batch.rows.segments > 0) for place in wanted}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _output_sums(
+    spec: ModelSpec,
+    wanted: tuple[Place, ...],
+    weights: Weights,
+    edits: Edits,
+    tokens: jax.Array,
+    batch: Batch,
+    key: jax.Array,
+) -> dict[Place, jax.Array]:
+    """Sums of g g^T over a batch's tokens, {(layer, key of INPUTS): [out, out]}, for the wanted outputs. A
+    token's label is drawn from what the model expects after it, by its place in the corpus."""
+    used = batch.rows.segments > 0
+    layers = sorted({l for l, _ in wanted})
+
+    def likelihood(nudges: dict[Place, jax.Array]) -> jax.Array:
+        x = decoder.embed(spec, weights, edits, tokens[batch.index])
+        x, _ = _walk(spec, weights, edits, x, batch.rows, layers, nudges)
+        if layers[-1] + 1 < spec.n_layers:
+            x = decoder.run_layers(spec, weights, edits, x, batch.rows, layers[-1] + 1, spec.n_layers)
+        scores = jax.nn.log_softmax(decoder.head(spec, weights, edits, x)).reshape(-1, spec.vocab_size)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch.index.reshape(-1))
+        labels = jax.vmap(jax.random.categorical)(keys, jax.lax.stop_gradient(scores))
+        own = jnp.take_along_axis(scores, labels[:, None], axis=1)[:, 0]
+        return jnp.sum(jnp.where(used.reshape(-1), own, 0))
+
+    table, dtype = weight_table(spec), activation_dtype(weights)
+    nothing = {(l, m): jnp.zeros((*batch.index.shape, table[m].shape[0]), dtype) for l, m in wanted}
+    return {place: _squares(g, used) for place, g in jax.grad(likelihood)(nothing).items()}
+
+
+def _means(
+    sums: Callable[[jax.Array, Batch], dict[Place, jax.Array]],
+    texts: Sequence[Sequence[int]],
+    mesh: Mesh,
+    row_length: int,
+    most_rows: int,
+) -> dict[Place, jax.Array]:
+    """`sums` (of the corpus's tokens, and a batch of it) added up over texts (token ids), a token's share.
+    Streams over the texts once."""
+    # A batch does not read a text's last token, so each gets one more.
+    corpus = corpus_from_lists([[*ids, ids[-1]] for ids in texts], [len(ids) for ids in texts])
+    length, rows = even_rows(corpus, row_length, most_rows, mesh.shape["data"])
+    batches = list(sequential_batches(corpus, rows, length))
+    shape = fit_shape(corpus, batches, length, mesh.shape["data"])
+    tokens = place(corpus.tokens, replicated(mesh))
+    total: dict[Place, jax.Array] | None = None
+    for which in batches:
+        batch = pack(corpus, which, shape)
+        assert batch is not None, "fit_shape saw every batch"
+        own = sums(tokens, place_batch(batch, mesh))
+        total = own if total is None else jax.tree.map(jnp.add, total, own)
+    assert total is not None, "a corpus is never empty"
+    return {at: value / sum(map(len, texts)) for at, value in total.items()}
+
+
+def matrices_of(spec: ModelSpec, site: Sequence[str]) -> dict[str, Place]:
+    """The site's matrices in layers: HF name -> (layer, key of INPUTS)."""
+    located = {name: locate_tensor(spec, name) for name in site}
+    return {n: (l, row.key) for n, (row, l) in located.items() if row.key in INPUTS and l is not None}
+
+
+def second_moments(
+    spec: ModelSpec,
+    weights: Weights,
+    site: Sequence[str],
+    texts: Sequence[Sequence[int]],
+    mesh: Mesh,
+    row_length: int,
+    base: Edits = {},  # noqa: B006 (never written to)
+) -> Moments:
+    """C = E[x x^T] [in, in], float32, over the tokens of texts (token ids), for every matrix of the site in
+    a layer; matrices with one input share one array."""
+    keys = {n: (l, INPUTS[m]) for n, (l, m) in matrices_of(spec, site).items()}
+    sums = functools.partial(_input_sums, spec, tuple(sorted(set(keys.values()))), weights, dict(base))
+    mean = _means(sums, texts, mesh, row_length, ROWS)
+    return {name: mean[place] for name, place in keys.items()}
+
+
+def gradient_moments(
+    spec: ModelSpec,
+    weights: Weights,
+    site: Sequence[str],
+    texts: Sequence[Sequence[int]],
+    mesh: Mesh,
+    row_length: int,
+    seed: int,
+    base: Edits = {},  # noqa: B006 (never written to)
+) -> Moments:
+    """G = E[g g^T] [out, out], float32, for every matrix of the site in a layer."""
+    keys = matrices_of(spec, site)
+    sums = functools.partial(_output_sums, spec, tuple(sorted(keys.values())), weights, dict(base))
+    draw = jax.random.key(seed)
+    mean = _means(lambda tokens, batch: sums(tokens, batch, draw), texts, mesh, row_length, LABEL_ROWS)
+    return {name: mean[place] for name, place in keys.items()}
