@@ -176,7 +176,7 @@ def check_equal(out: Path, reference: dict) -> None:
             assert own.tobytes() == value.tobytes()
         else:
             move = np.linalg.norm(value - reference["delta"][BASE + name])
-            assert move > 0.1 and np.linalg.norm(own - value) < 1e-3 * move
+            assert move > 0.02 and np.linalg.norm(own - value) < 1e-3 * move
 
 
 @pytest.fixture(scope="module")
