@@ -2,6 +2,7 @@
 
 config.py      what a run is
 files.py       files and folders that appear whole or not at all
+hosts.py       one run in several processes
 remote.py      files and folders at a URL (gs://...)
 data/          requests.py (any file -> EditRequest)   streaming.py (edits that arrive over time)
                tokens.py (texts -> packed batches)

@@ -9,7 +9,6 @@ import math
 import operator
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 from locft_jax.errors import UserError
 from locft_jax.flat_yaml import is_null, read_yaml, shown, split_override
+from locft_jax.progress import say
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 DEMO_CONFIG = DEMO_FOLDER / "demo.yaml"
@@ -115,7 +115,7 @@ def load_config(
         raise UserError(f"{where}: no model; set `model_name_or_path` to a folder or a Hub id")
     for key, note in IGNORED.items():
         if values.get(key) is not None:
-            print(f"note: `{key}: {shown(values[key])}` is ignored: {note}", file=sys.stderr)
+            say(f"`{key}: {shown(values[key])}` is ignored: {note}")
     return Config(**values, source="" if path is None else str(path))
 
 

@@ -12,7 +12,7 @@ import time
 
 from rich.console import Console
 
-from locft_jax import api, export
+from locft_jax import api, export, hosts
 from locft_jax.card import readme
 from locft_jax.commands import run_command
 from locft_jax.config import Config, load_config
@@ -36,16 +36,24 @@ from locft_jax.remote import check_prefix, place
 
 
 def main(argv: list[str] | None = None) -> None:
-    """config -> data -> model -> editing -> evaluation -> export."""
+    """The command, in one process or as one of several."""
     args = parse(argv)
+    with hosts.joined(args, program=argv is None):
+        carry_out(args)
+
+
+def carry_out(args: argparse.Namespace) -> None:
+    """config -> data -> model -> editing -> evaluation -> export."""
+    first = hosts.first()  # the process that writes and prints
     earlier = read_earlier(args.continue_from) if args.continue_from else None
     config = load_config(args.config, args.pairs, earlier.settings if earlier else None)
     out, store = export.place_of(args.out or config.save_model_dir or f"runs/{config.name}")
-    console = Console(markup=False, emoji=False)
+    console = Console(markup=False, emoji=False, quiet=not first)
 
     # Everything that can be wrong is looked at before any weight is loaded.
-    export.check_out(out, args.overwrite, args.resume)
-    if store:
+    if first:
+        export.check_out(out, args.overwrite, args.resume)
+    if first and store:
         check_prefix(store, args.overwrite, args.resume)
     if config.data_path is None:
         raise UserError("data_path: no edits given; set data_path to a file of edits (JSON, JSONL or CSV)")
@@ -63,12 +71,16 @@ def main(argv: list[str] | None = None) -> None:
         probes = make_probes(data.requests, config.eval_sample, config.seed, config.augment_rephrases)
         check_probes(tokenizer, checkpoint.spec, probes, capability, config.chat_template)
     notes = check_fit(checkpoint, config, site, corpus, mesh)
-    export.check_space(out, checkpoint, site, config.export, store)
+    if first:
+        export.check_space(out, checkpoint, site, config.export, store)
     start = last_delta(earlier.folder, checkpoint, site) if earlier and args.start_from == "last" else None
     run = describe_run(config, data, capability, checkpoint, site, mesh, start, retained)
-    if args.resume and finished(out, run, store):
+    over = first and args.resume and finished(out, run, store)
+    hosts.agree(run)
+    if hosts.from_first(over):
         return console.print(plain(f"{store or out}/ holds this run, finished: nothing to resume"))
     checkpoints = open_run(out, config.checkpoint_every, run, args.resume)
+    hosts.agree()
     for note in notes:
         say(note)
     console.print(f"{len(data.requests)} edits, {len(site)} tensor(s) from {site[0]} on")
@@ -79,6 +91,8 @@ def main(argv: list[str] | None = None) -> None:
         loaded = time.monotonic() - begin
         values = start.new if start else None
         result = api.edit(model, data, config, capability, start=values, checkpoints=checkpoints, show=True)
+        if not first:
+            return
         begin = time.monotonic()
         with export.results(out, store) as folder:
             if "delta" in config.export:
@@ -137,6 +151,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "settings are the defaults, and all edits are trained together")  # fmt: skip
     add("--start-from", choices=("base", "last"), default="base", help="with --continue-from: train from "
         "the base weights (default), or from where that run ended")  # fmt: skip
+    hosts.add_flags(parser)
     args = parser.parse_args(argv)
     args.pairs = [pair for group in args.set for pair in group]
     if args.start_from == "last" and not args.continue_from:

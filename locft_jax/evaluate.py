@@ -6,11 +6,12 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from locft_jax import api, export
+from locft_jax import api, export, hosts
 from locft_jax.commands import run_command
 from locft_jax.config import load_config
 from locft_jax.data.capability import read_capability
 from locft_jax.data.requests import read_requests
+from locft_jax.editing.checkpoint import describe_run
 from locft_jax.evaluation.metrics import make_probes
 from locft_jax.evaluation.report import plain
 from locft_jax.evaluation.run import check_probes
@@ -23,22 +24,20 @@ from locft_jax.remote import place
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command, in one process or as one of several."""
+    args = parse(argv)
+    with hosts.joined(args, program=argv is None):
+        carry_out(args)
+
+
+def carry_out(args: argparse.Namespace) -> None:
     """config -> data -> model -> evaluation -> export."""
-    parser = argparse.ArgumentParser(prog="python -m locft_jax.evaluate", description=__doc__)
-    parser.add_argument("--model", required=True, help="model folder or Hub id")
-    parser.add_argument("--delta", type=place, help="delta.safetensors to apply in memory first")
-    parser.add_argument("--data", required=True, help="edits whose probes are asked: file or Hub id")
-    parser.add_argument("--out", type=place, help="JSON file for the figures and every answer")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out when done")
-    parser.add_argument(
-        "--set", action="append", default=[], nargs="+", metavar="key=value", help="override a key"
-    )
-    args = parser.parse_args(argv)
     pairs = [f"model_name_or_path={args.model}", f"data_path={args.data}"]
     config = load_config(None, pairs + [pair for group in args.set for pair in group])
 
     # Everything that can be wrong is looked at before any weight is loaded.
-    if args.out:
+    first = hosts.first()  # the process that writes and prints
+    if args.out and first:
         export.check_file(args.out, args.overwrite)
     data = read_requests(args.data, config.num_edits, config.on_conflict)
     capability = read_capability(config.capability_data) if config.capability_data else []
@@ -53,10 +52,14 @@ def main(argv: list[str] | None = None) -> None:
     check_probes(tokenizer, checkpoint.spec, probes, capability, config.chat_template)
     itemsize = frozen_dtype(checkpoint, config.weights).itemsize
     check_memory(checkpoint.spec, mesh, itemsize, int8=config.weights == "int8")
+    if hosts.several():
+        hosts.agree(describe_run(config, data, capability, checkpoint, (), mesh, delta))
 
     model = load_opened(checkpoint, tokenizer, mesh, config.weights)
     model = model.with_edits(delta.new) if delta else model
     report, lines = api.evaluate(model, data, capability, config, show=True)
+    if not first:
+        return
 
     table = Table(title=plain(f"{args.model}, {report['edits']} edits"), title_justify="left")
     table.add_column("figure")
@@ -68,6 +71,21 @@ def main(argv: list[str] | None = None) -> None:
     if args.out:
         with export.result_file(args.out) as part:
             write_json(part, {"model": args.model, **report, "predictions": lines})
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m locft_jax.evaluate", description=__doc__)
+    parser.add_argument("--model", required=True, help="model folder or Hub id")
+    parser.add_argument("--delta", type=place, help="delta.safetensors to apply in memory first")
+    parser.add_argument("--data", required=True, help="edits whose probes are asked: file or Hub id")
+    parser.add_argument("--out", type=place, help="JSON file for the figures and every answer")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out when done")
+    parser.add_argument(
+        "--set", action="append", default=[], nargs="+", metavar="key=value", help="override a key"
+    )
+    hosts.add_flags(parser)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

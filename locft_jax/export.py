@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from locft_jax import hosts
 from locft_jax.editing.checkpoint import KEPT, saved_something
 from locft_jax.errors import UserError, reason
 from locft_jax.files import beside, recover, whole_file, whole_folder
@@ -54,7 +55,10 @@ def save_orbax(checkpoint: Checkpoint, new: Mapping[str, np.ndarray], out: Path)
 
     types = ocp.type_handlers.create_type_handler_registry((Unread, OneByOne(deepcopy_host_arrays=False)))
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=types)) as saver:
+        with ocp.Checkpointer(
+            ocp.PyTreeCheckpointHandler(type_handler_registry=types, multiprocessing_options=hosts.alone()),
+            multiprocessing_options=hosts.alone(),
+        ) as saver:
             saver.save(out.resolve(), args=ocp.args.PyTreeSave({n: leaf(n) for n in checkpoint.tensors}))
     except Exception as e:  # tensorstore has its own kinds for a full disk
         raise OSError(f"the orbax checkpoint could not be written: {reason(e)}") from None

@@ -15,7 +15,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 from rich.console import Console
 
-from locft_jax import export
+from locft_jax import export, hosts
 from locft_jax.commands import run_command
 from locft_jax.config import Config, load_config
 from locft_jax.data.capability import read_capability
@@ -43,15 +43,23 @@ EDITS, PROBES = 100, 1000  # the sample, where the config says nothing
 
 
 def main(argv: list[str] | None = None) -> None:
-    """config -> data -> model -> every site edited and measured -> table, pictures, recommendation."""
+    """The command, in one process or as one of several."""
     args = parse(argv)
+    with hosts.joined(args, program=argv is None):
+        carry_out(args)
+
+
+def carry_out(args: argparse.Namespace) -> None:
+    """config -> data -> model -> every site edited and measured -> table, pictures, recommendation."""
+    first = hosts.first()  # the process that writes and prints
     given = load_config(args.config, args.pairs)
     config = sample(given)
     out = export.local_place(args.out or f"{given.save_model_dir or f'runs/{given.name}'}-locate")
-    console = Console(markup=False, emoji=False)
+    console = Console(markup=False, emoji=False, quiet=not first)
 
     # Everything that can be wrong is looked at before any weight is loaded.
-    export.check_out(out, args.overwrite, args.resume, proof="sites.json")
+    if first:
+        export.check_out(out, args.overwrite, args.resume, proof="sites.json")
     if config.data_path is None:
         raise UserError("data_path: no edits given; set data_path to a file of edits (JSON, JSONL or CSV)")
     data = read_requests(config.data_path, config.num_edits, config.on_conflict)
@@ -65,7 +73,9 @@ def main(argv: list[str] | None = None) -> None:
     check_probes(tokenizer, checkpoint.spec, probes, capability, config.chat_template)
     notes = check_places(plan.all(), checkpoint, config, corpus, mesh)
     run = describe_run(config, data, capability, checkpoint, (), mesh, None, retained) | plan.told()
-    if args.resume and finished(out, run):
+    over = first and args.resume and finished(out, run)
+    hosts.agree(run)
+    if hosts.from_first(over):
         return console.print(plain(f"{out}/ holds this table, finished: nothing to resume"))
     table = open_table(out, run, args.resume)
     for note in notes:
@@ -73,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     console.print(f"{len(data.requests)} edits, {len(probes) + len(capability)} probes, {plan.size()}")
 
     begin = time.monotonic()
-    with table.kept(), counted(table.folder / "compiled") as compilations:
+    with table.kept(), counted(table.folder / "compiled" if first else None) as compilations:
         model = load_opened(checkpoint, tokenizer, mesh, config.weights)
         asked = prepare(model, probes, capability, config.chat_template)
         prefixes = written_prefixes(model, config)
@@ -91,6 +101,8 @@ def main(argv: list[str] | None = None) -> None:
             "compilations": dict(compilations.made),
             "seconds": time.monotonic() - begin,
         }
+        if not first:
+            return
         with whole_folder(out) as folder:
             result = write_results(folder, table.lines, facts, run)
     print_table(result, console)
@@ -156,6 +168,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "around the best, k about the root of the number of layers")  # fmt: skip
     add("--from-sibling", type=Path, metavar="FILE", help="sites.json of a smaller model: measure only its "
         "recommended module, at the same relative depth")  # fmt: skip
+    hosts.add_flags(parser)
     args = parser.parse_args(argv)
     args.pairs = [pair for group in args.set for pair in group]
     if args.from_sibling and (args.modules or args.layers or args.strategy == "coarse"):

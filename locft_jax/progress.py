@@ -9,11 +9,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from locft_jax.errors import printable
 
 LINE_EVERY = 10.0  # seconds between plain lines
+quiet = False  # set where another process of the same run speaks (hosts.py)
 
 
 def say(text: str) -> None:
     """A note that a run gives on its way."""
-    print(f"note: {printable(text)}", file=sys.stderr, flush=True)
+    if not quiet:
+        print(f"note: {printable(text)}", file=sys.stderr, flush=True)
 
 
 class Bar:
@@ -22,6 +24,7 @@ class Bar:
     def __init__(self, label: str, total: int, show: bool = True) -> None:
         self.label, self.total, self.done, self.skipped = label, max(1, total), 0, 0
         self.begin = self.said = time.monotonic()
+        show = show and not quiet
         self.tty = show and sys.stderr.isatty()
         self.plain = show and not self.tty
         if self.tty:

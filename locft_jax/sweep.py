@@ -18,7 +18,7 @@ from typing import Any
 from jax.sharding import Mesh
 from rich.console import Console
 
-from locft_jax import api, export
+from locft_jax import api, export, hosts
 from locft_jax.commands import run_command
 from locft_jax.data.capability import CapabilityItem, read_capability
 from locft_jax.data.records import digest
@@ -33,13 +33,12 @@ from locft_jax.evaluation.metrics import make_probes
 from locft_jax.evaluation.report import plain
 from locft_jax.evaluation.run import check_probes
 from locft_jax.files import append_jsonl, whole_folder
-from locft_jax.locating.rule import FIGURES
 from locft_jax.locating.table import told
 from locft_jax.model.hf import Checkpoint, Model, load_opened, load_tokenizer, open_checkpoint
 from locft_jax.model.sharding import make_mesh
 from locft_jax.progress import say
 from locft_jax.sweeping.grid import Run, read_sweep
-from locft_jax.sweeping.table import Line, open_lines, print_table, write_results
+from locft_jax.sweeping.table import RATES, Line, open_lines, print_table, write_results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,21 +56,33 @@ class Job:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """sweep file -> runs, all of them looked at -> every run edited and measured -> table, picture."""
+    """The command, in one process or as one of several."""
     args = parse(argv)
+    with hosts.joined(args, program=argv is None):
+        carry_out(args)
+
+
+def carry_out(args: argparse.Namespace) -> None:
+    """sweep file -> runs, all of them looked at -> every run edited and measured -> table, picture."""
+    first = hosts.first()  # the process that writes and prints
     runs = read_sweep(args.sweep, args.pairs, args.config)
     out = export.local_place(args.out or f"runs/{args.sweep.stem}")
-    console = Console(markup=False, emoji=False)
+    console = Console(markup=False, emoji=False, quiet=not first)
 
     # Everything that can be wrong is looked at before any weight is loaded.
-    export.check_out(out, args.overwrite, args.resume, proof="sweep.json")
+    if first:
+        export.check_out(out, args.overwrite, args.resume, proof="sweep.json")
     look = looker()
     jobs = [look(run) for run in runs]
     known = {job.run.name: job.digest for job in jobs}
     folder = out / "checkpoint"
-    if args.resume and finished(out, known):
+    over = first and args.resume and finished(out, known)
+    hosts.agree(known)
+    if hosts.from_first(over):
         return console.print(plain(f"{out}/ holds this sweep, finished: nothing to resume"))
-    lines = open_lines(folder, known, args.resume)
+    lines = open_lines(folder, known, args.resume) if first else {}
+    hosts.agree()
+    lines = hosts.from_first(lines)
     for note in dict.fromkeys(note for job in jobs for note in job.notes):
         say(note)
 
@@ -88,9 +99,12 @@ def main(argv: list[str] | None = None) -> None:
             held = key, load_opened(job.checkpoint, job.tokenizer, job.mesh, job.run.config.weights)
         with resumable(folder, lambda: f"the {len(lines)} runs finished" if lines else None):
             line = measure(held[1], job)
-        append_jsonl(folder / "runs.jsonl", line)
+        if first:
+            append_jsonl(folder / "runs.jsonl", line)
         lines[job.run.name] = line
         console.print(plain("  " + told(line)))
+    if not first:
+        return
     ordered = [lines[job.run.name] for job in jobs]
     with whole_folder(out) as place:
         facts = {
@@ -150,11 +164,11 @@ def measure(model: Model, job: Job) -> Line:
     try:
         report = api.edit(model, job.data, config, job.capability, show=True).report
     except NonFiniteLoss as e:
-        nothing = dict.fromkeys((*FIGURES, "steps", "epochs", "loss", "edit_seconds"))
+        nothing = dict.fromkeys((*RATES, "steps", "epochs", "loss", "edit_seconds"))
         return {**line, **nothing, "before": {}, "stopped": str(e), "dynamics": [], "seconds": None}
     return {
         **line,
-        **{key: report["after"][key] for key in FIGURES},
+        **{key: report["after"][key] for key in RATES},
         "before": report["before"],
         "steps": report["steps_run"],
         "epochs": report["epochs_run"],
@@ -193,6 +207,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", help="folder for the results (default: runs/NAME)")
     add("--overwrite", action="store_true", help="replace an existing --out when the sweep is done")
     add("--resume", action="store_true", help="keep the runs that are finished in --out")
+    hosts.add_flags(parser)
     args = parser.parse_args(argv)
     args.pairs = [pair for group in args.set for pair in group]
     return args

@@ -9,8 +9,8 @@ from matplotlib.image import imread
 from locft_jax import sweep
 from locft_jax.commands import run_command
 from locft_jax.edit import main as edit
+from locft_jax.sweeping.table import RATES
 
-RATES = ("reliability", "generalization", "locality", "locality_agreement", "capability")
 GRID = "grid:\n  pipeline: [breadth, depth]\n  num_steps: [2, 4]\n"
 
 

@@ -3,6 +3,7 @@
 A checkpoint holds the tuned tensors with Adam's moments and count, and the records of the steps made
 so far. The order of the data follows from the seed and the epoch, so the number of steps says where
 to go on, and going on gives bit for bit what an undisturbed run gives (same mesh, same versions).
+With several processes the first one alone writes and reads them, so that the folder may be on its own disk.
 
     checkpoint/run.json      what the run is: another run must not go on from here
     checkpoint/before.json   the answers before the edit, asked once
@@ -24,8 +25,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
+from locft_jax import hosts
 from locft_jax.config import Config, config_to_dict
 from locft_jax.data.capability import CapabilityItem
 from locft_jax.data.records import digest
@@ -37,6 +40,7 @@ from locft_jax.errors import UserError, reason
 from locft_jax.files import write_whole_json
 from locft_jax.model.delta import Delta, fingerprint
 from locft_jax.model.hf import Checkpoint, read_part, read_tensor
+from locft_jax.model.sharding import fetch, place
 from locft_jax.progress import say
 from locft_jax.remote import Remote, in_parallel
 from locft_jax.versions import versions
@@ -55,30 +59,54 @@ class Checkpoints:
     """Where one run keeps its checkpoints, and when. `every`: minutes (`10m`) or steps (`200`)."""
 
     def __init__(self, folder: Path, every: str, run: Mapping[str, Any]) -> None:
-        import orbax.checkpoint as ocp
-
         self.folder, self.run = folder.resolve(), json.loads(json.dumps(run))
         minutes = every.endswith("m")
         self.seconds = 60 * float(every[:-1]) if minutes else float("inf")
         self.steps = sys.maxsize if minutes else int(every)
-        self.stop = self.looping = self.closed = self.warned = False
+        self.asked = self.stop = False  # this process was asked to stop; all of them do
+        self.looping = self.closed = self.warned = False
         self.resumed: list[int] = []  # the steps at which the run was taken up again
         self.spent = 0.0  # seconds of the loop in earlier processes
         self.begin = self.saved_at = time.monotonic()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.manager: Any = self._open() if hosts.first() else None
+
+    def _open(self) -> Any:
+        import orbax.checkpoint as ocp
+
+        (self.folder / "steps").mkdir(parents=True, exist_ok=True)
         write_whole_json(self.folder / "run.json", self.run)
-        self.manager = ocp.CheckpointManager(
-            self.folder / "steps",
-            options=ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True),
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=KEPT,
+            cleanup_tmp_directories=True,
+            create=False,
+            multiprocessing_options=hosts.alone(),
         )
+        return ocp.CheckpointManager(self.folder / "steps", options=options)
 
     def restore(self, like: EditState) -> tuple[EditState, list[StepRecord]] | None:
         """The newest state that can be read, with the shapes and shardings of `like`, and the records
         of the steps before it; None when there is none."""
+        leaves, tree = jax.tree.flatten(like)
+        found = self._newest(leaves) if self.manager else None
+        told = hosts.from_first(found and found[:2])
+        if told is None:
+            return None
+        values = found[2] if found else [np.zeros(a.shape, a.dtype) for a in leaves]
+        if hosts.several():
+            shared = map(hosts.array_from_first, values)
+            values = [place(v, a.sharding) for v, a in zip(shared, leaves, strict=True)]
+        step, progress = told
+        self.spent, self.resumed = progress["seconds"], [*progress["resumed"], step]
+        return jax.tree.unflatten(tree, values), [StepRecord(**r) for r in progress["records"]]
+
+    def _newest(self, leaves: Sequence[jax.Array]) -> tuple[int, dict[str, Any], list[Any]] | None:
+        """(step, what was said of it, values) of the newest state that can be read; with several processes
+        its values are on the host."""
         import orbax.checkpoint as ocp
 
-        leaves, tree = jax.tree.flatten(like)
-        abstract = {str(i): ocp.utils.to_shape_dtype_struct(a) for i, a in enumerate(leaves)}
+        local = hosts.several()
+        like = [np.empty(a.shape, a.dtype) if local else ocp.utils.to_shape_dtype_struct(a) for a in leaves]
+        abstract = {str(i): a for i, a in enumerate(like)}
         wanted = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
@@ -87,9 +115,7 @@ class Checkpoints:
                 say(f"the checkpoint of step {step} cannot be read ({reason(e)}); trying an older one")
                 self.manager.delete(step)
                 continue
-            self.spent, self.resumed = found.progress["seconds"], [*found.progress["resumed"], step]
-            records = [StepRecord(**r) for r in found.progress["records"]]
-            return jax.tree.unflatten(tree, [found.state[str(i)] for i in range(len(leaves))]), records
+            return step, found.progress, [found.state[key] for key in abstract]
         return None
 
     def start(self) -> None:
@@ -99,34 +125,43 @@ class Checkpoints:
 
     def due(self, step: int) -> bool:
         """Whether the state after `step` steps is to be saved."""
-        return self.stop or step % self.steps == 0 or time.monotonic() - self.saved_at >= self.seconds
+        late = time.monotonic() - self.saved_at >= self.seconds
+        self.stop, late = hosts.any_of(self.asked, late)
+        return self.stop or step % self.steps == 0 or late
 
     def save(self, state: EditState, records: Sequence[StepRecord]) -> None:
         """Save the state after these steps: copied to the host before this returns, written meanwhile.
         A write that fails (a full disk) is said and the run goes on; raises Interrupted if asked to stop.
         """
-        import orbax.checkpoint as ocp
-
-        step = len(records)
+        (self.stop,) = hosts.any_of(self.asked)
+        new = hosts.from_first(self.manager and self.manager.latest_step() != len(records))
         # A step whose loss was finite may still have left NaN behind: the last good state is kept.
-        if step != self.manager.latest_step() and all_finite(state):
-            leaves = {str(i): a for i, a in enumerate(jax.tree.leaves(state))}
-            progress = {
-                "records": [dataclasses.asdict(r) for r in records],
-                "seconds": self.elapsed(),
-                "resumed": self.resumed,
-            }
-            saved = ocp.args.Composite(
-                state=ocp.args.StandardSave(leaves), progress=ocp.args.JsonSave(progress)
-            )
-            try:
-                self.manager.save(step, args=saved)
-            except Exception as e:  # also what became of the write before this one
-                self.failed(e)
+        if new and fetch(all_finite(state)):
+            leaves = jax.tree.leaves(state)
+            self._write(list(map(fetch, leaves)) if hosts.several() else leaves, records)
         self.saved_at = time.monotonic()
         if self.stop:
             self.looping = False
             raise Interrupted
+
+    def _write(self, leaves: Sequence[Any], records: Sequence[StepRecord]) -> None:
+        import orbax.checkpoint as ocp
+
+        if not self.manager:
+            return
+        progress = {
+            "records": [dataclasses.asdict(r) for r in records],
+            "seconds": self.elapsed(),
+            "resumed": self.resumed,
+        }
+        saved = ocp.args.Composite(
+            state=ocp.args.StandardSave({str(i): a for i, a in enumerate(leaves)}),
+            progress=ocp.args.JsonSave(progress),
+        )
+        try:
+            self.manager.save(len(records), args=saved)
+        except Exception as e:  # also what became of the write before this one
+            self.failed(e)
 
     def finish(self, state: EditState, records: Sequence[StepRecord]) -> float:
         """The loop has ended: keep its result until all is exported; seconds it took in all."""
@@ -154,6 +189,8 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until what is being written is written."""
+        if not self.manager:
+            return
         try:
             self.manager.wait_until_finished()
         except Exception as e:
@@ -169,7 +206,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for the last write and let go of the folder."""
-        if not self.closed:
+        if self.manager and not self.closed:
             self.closed = True
             self.wait()
             with suppress(Exception):  # a failed write once more
@@ -177,19 +214,21 @@ class Checkpoints:
 
     def keep_before(self, value: Any) -> None:
         """Keep the answers before the edit (plain JSON)."""
-        write_whole_json(self.folder / "before.json", value)
+        if self.manager:
+            write_whole_json(self.folder / "before.json", value)
 
     def keep_dynamics(self, value: Any) -> None:
         """Keep what was measured during the edit (plain JSON)."""
-        write_whole_json(self.folder / "dynamics.json", value)
+        if self.manager:
+            write_whole_json(self.folder / "dynamics.json", value)
 
     def kept_dynamics(self) -> Any:
         """What `keep_dynamics` kept, or None."""
-        return _read(self.folder / "dynamics.json")
+        return hosts.from_first(_read(self.folder / "dynamics.json") if self.manager else None)
 
     def kept_before(self) -> Any:
         """What `keep_before` kept, or None."""
-        return _read(self.folder / "before.json")
+        return hosts.from_first(_read(self.folder / "before.json") if self.manager else None)
 
 
 @jax.jit
@@ -271,6 +310,8 @@ def open_folder(out: Path, run: Mapping[str, Any], resume: bool) -> Path:
     """Where a run in `out` keeps what it goes on from; emptied unless it is to `resume`. Raises UserError
     as `open_run`."""
     folder = out / "checkpoint"
+    if not hosts.first():
+        return folder
     if resume and saved_something(folder):
         check_same(_read(folder / "run.json"), run, folder)
     else:
@@ -324,11 +365,13 @@ def resumable(folder: Path, kept: Callable[[], str | None]) -> Iterator[None]:
 def guarded(checkpoints: Checkpoints) -> Iterator[None]:
     """Around a run. SIGTERM (a TPU is preempted) and Ctrl-C: a running loop ends its step, saves and
     raises Interrupted; at any other time, or when asked twice, Interrupted is raised at once. What fails
-    says what is saved; a run that has saved nothing leaves nothing behind."""
+    says what is saved; a run that has saved nothing leaves nothing behind. With several processes all of
+    them stop at the same step, whichever got the signal."""
 
     def handle(number: int, frame: Any) -> None:
-        if checkpoints.looping and not checkpoints.stop:
-            checkpoints.stop = True
+        # After the loop too: another process may have had the signal a little earlier.
+        if (checkpoints.looping or checkpoints.stop) and not checkpoints.asked:
+            checkpoints.asked = True
         else:
             raise Interrupted(f"what was saved can be found in {checkpoints.folder}")
 
@@ -338,18 +381,22 @@ def guarded(checkpoints: Checkpoints) -> Iterator[None]:
         yield
         ended = True
     except Interrupted:
-        raise Interrupted(checkpoints.how()) from None
+        how = checkpoints.how()
+        if checkpoints.stop:
+            hosts.leave()
+        raise Interrupted(how) from None
     except OSError as e:
         raise OSError(f"{e}\n{checkpoints.how()}") from e
     except FloatingPointError as e:  # going on would end there again
         step = checkpoints.latest()
         kept = "" if step is None else f"\nthe state after step {step} is kept in {checkpoints.folder}"
+        hosts.leave()
         raise FloatingPointError(f"{e}{kept}") from e
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
         checkpoints.close()
-        if not ended and not saved_something(checkpoints.folder):
+        if checkpoints.manager and not ended and not saved_something(checkpoints.folder):
             shutil.rmtree(checkpoints.folder, ignore_errors=True)
             with suppress(OSError):
                 checkpoints.folder.parent.rmdir()  # only if it is empty

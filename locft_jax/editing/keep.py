@@ -21,7 +21,7 @@ from locft_jax.editing.pipeline import place_batch
 from locft_jax.editing.prefix import Source, cached_source, choose_mode
 from locft_jax.editing.step import Kept, target_logits
 from locft_jax.model.hf import Model
-from locft_jax.model.sharding import replicated, source_sharding, width_split
+from locft_jax.model.sharding import fetch, place, replicated, source_sharding, width_split
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights, activation_dtype
 
@@ -63,23 +63,23 @@ def make_keep(
     which = np.array_split(np.arange(len(corpus)), math.ceil(len(corpus) / TEXTS))
     shape = fit_shape(corpus, which, config.row_length, mesh.shape["data"])
     everywhere = replicated(mesh)
-    strength = jax.device_put(np.float32(config.preserve_kl), everywhere)
+    strength = place(np.float32(config.preserve_kl), everywhere)
 
     def read(own: np.ndarray) -> tuple[Any, Batch]:
         batch = pack(corpus, own, shape, "token")
         assert batch is not None, "fit_shape saw every batch"
         array, batch = source.feed(batch)
-        return jax.device_put(array, source_sharding(mesh, array.shape)), place_batch(batch, mesh)
+        return place(array, source_sharding(mesh, array.shape)), place_batch(batch, mesh)
 
     known = [
-        jax.tree.map(np.asarray, expected(model.spec, source.layer, weights, dict(base), *read(own)))
+        jax.tree.map(fetch, expected(model.spec, source.layer, weights, dict(base), *read(own)))
         for own in which
     ]
 
     def keep(visit: int) -> Kept:
         at = visit % len(which)
         array, batch = read(which[at])
-        tokens, logp, rest = jax.device_put(known[at], everywhere)
+        tokens, logp, rest = (place(a, everywhere) for a in known[at])
         return Kept(array, batch, tokens, logp, rest, strength)
 
     return keep

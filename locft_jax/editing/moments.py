@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from locft_jax.data.tokens import Batch, corpus_from_lists, even_rows, fit_shape, pack, sequential_batches
 from locft_jax.editing.pipeline import place_batch
 from locft_jax.model import decoder
-from locft_jax.model.sharding import replicated, split_width, whole_width
+from locft_jax.model.sharding import place, replicated, split_width, whole_width
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights, activation_dtype, locate_tensor, weight_table
 
@@ -138,7 +138,7 @@ def _means(
     length, rows = even_rows(corpus, row_length, most_rows, mesh.shape["data"])
     batches = list(sequential_batches(corpus, rows, length))
     shape = fit_shape(corpus, batches, length, mesh.shape["data"])
-    tokens = jax.device_put(corpus.tokens, replicated(mesh))
+    tokens = place(corpus.tokens, replicated(mesh))
     total: dict[Place, jax.Array] | None = None
     for which in batches:
         batch = pack(corpus, which, shape)
@@ -185,6 +185,6 @@ def gradient_moments(
     """G = E[g g^T] [out, out], float32, for every matrix of the site in a layer."""
     keys = matrices_of(spec, site)
     sums = functools.partial(_output_sums, spec, tuple(sorted(keys.values())), weights, dict(base))
-    draw = jax.device_put(jax.random.key(seed), replicated(mesh))
+    draw = jax.random.key(seed)
     mean = _means(lambda tokens, batch: sums(tokens, batch, draw), texts, mesh, row_length, LABEL_ROWS)
     return {name: mean[place] for name, place in keys.items()}

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from locft_jax.data.tokens import Batch, Corpus, Shape, epoch_batches, fit_shape, pack
 from locft_jax.editing.prefix import Source
 from locft_jax.editing.step import EditState, Hyper, Kept, Sides, train_step
-from locft_jax.model.sharding import replicated, rows_sharding, source_sharding
+from locft_jax.model.sharding import place, replicated, rows_sharding, source_sharding
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights
 
@@ -76,7 +76,7 @@ def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
 
 def place_batch(batch: Batch, mesh: Mesh) -> Batch:
     """Send a packed batch to the mesh."""
-    return jax.device_put(batch, batch_shardings(batch, mesh))
+    return jax.tree.map(place, batch, batch_shardings(batch, mesh))
 
 
 def run_shape(corpus: Corpus, schedule: Schedule, mesh: Mesh) -> Shape:
@@ -198,9 +198,9 @@ def run_pipeline(
     """
     shape = shape or run_shape(corpus, schedule, mesh)
     everywhere = replicated(mesh)
-    hyper = jax.device_put(schedule.hyper, everywhere)
+    hyper = jax.tree.map(lambda a: place(a, everywhere), schedule.hyper)
     # Counts begin where a step leaves them: elsewhere, the second step would compile anew.
-    state = jax.tree.map(lambda a: a if a.ndim else jax.device_put(a, everywhere), state)
+    state = jax.tree.map(lambda a: a if a.ndim else place(a, everywhere), state)
     depth = schedule.pipeline == "depth"
     per_epoch = 1 if depth else -(-corpus.edits // schedule.batch_size)  # visits
     floor = schedule.hyper.loss_floor
@@ -212,8 +212,8 @@ def run_pipeline(
             batch = pack(corpus, corpus.examples_of(which), shape, schedule.average)
             assert batch is not None, "run_shape saw every batch"
             array, batch = source.feed(batch)
-            place = source_sharding(mesh, array.shape)
-            yield which, jax.device_put(array, place), place_batch(batch, mesh), keep(visit)
+            array = place(array, source_sharding(mesh, array.shape))
+            yield which, array, place_batch(batch, mesh), keep(visit)
 
     records = list(done)
     pending: tuple[int, np.ndarray, jax.Array] | None = None

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from locft_jax.data.tokens import Batch, Corpus, Rows, even_rows, fit_shape, pack, sequential_batches
 from locft_jax.errors import UserError
 from locft_jax.model import decoder
-from locft_jax.model.sharding import replicated, rows_sharding, source_sharding
+from locft_jax.model.sharding import fetch, place, replicated, rows_sharding, source_sharding
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights, activation_dtype
 
@@ -46,7 +46,7 @@ class Source:
 
 def token_source(corpus: Corpus, mesh: Mesh) -> Source:
     """No cache: steps embed the tokens and run every layer."""
-    return Source(jax.device_put(corpus.tokens, replicated(mesh)), 0, "off")
+    return Source(place(corpus.tokens, replicated(mesh)), 0, "off")
 
 
 def choose_mode(
@@ -91,9 +91,7 @@ def empty_values(mode: str, shape: tuple[int, int], dtype: Any, folder: Path | N
 def filled_source(values: np.ndarray, layer: int, mode: str, mesh: Mesh) -> Source:
     """What `empty_values` gave, with activations in it, where `mode` wants it."""
     there = mode == "device"
-    return Source(
-        jax.device_put(values, source_sharding(mesh, values.shape)) if there else values, layer, mode
-    )
+    return Source(place(values, source_sharding(mesh, values.shape)) if there else values, layer, mode)
 
 
 def cached_source(
@@ -110,13 +108,14 @@ def cached_source(
 ) -> Source:
     """Run every example once through the layers below `layer` and keep what comes out, in corpus
     order (zeros at the last tokens, which no batch reads). `mode` as `choose_mode` returned it; a disk
-    cache is an unnamed file in `folder`; `base`: edits that the model already carries."""
+    cache is an unnamed file in `folder`; `base`: edits that the model already carries. With several
+    processes each computes its share, and all get, and keep, all of it."""
     if mode == "off":
         return token_source(corpus, mesh)
     values = empty_values(mode, (len(corpus.tokens), spec.d_model), activation_dtype(weights), folder)
     for batch in _passes(corpus, mesh, row_length, most_rows):
-        ids = jax.device_put(corpus.tokens[batch.index], rows_sharding(mesh, len(batch.index)))
-        out = np.asarray(prefix_pass(spec, layer, weights, base, ids, batch.rows))
+        ids = place(corpus.tokens[batch.index], rows_sharding(mesh, len(batch.index)))
+        out = fetch(prefix_pass(spec, layer, weights, base, ids, batch.rows))
         used = batch.rows.segments > 0
         values[batch.index[used]] = out[used]
     return filled_source(values, layer, mode, mesh)
@@ -157,12 +156,13 @@ def advance(
     values = source.values
     if isinstance(values, jax.Array) or values.ndim == 1:
         values = empty_values(mode, (len(corpus.tokens), spec.d_model), activation_dtype(weights))
-    layer = jax.device_put(np.int32(source.layer), replicated(mesh))
+    layer = place(np.int32(source.layer), replicated(mesh))
     for batch in _passes(corpus, mesh, row_length, most_rows):
         array, fed = source.feed(batch)
-        index, rows = jax.device_put((fed.index, fed.rows), rows_sharding(mesh, len(fed.index)))
-        place = source_sharding(mesh, array.shape)
-        out = layer_pass(spec, weights, layer, jax.device_put(array, place), index, rows)
+        shardings = jax.tree.map(lambda a: rows_sharding(mesh, len(a)), (fed.index, fed.rows))
+        index, rows = jax.tree.map(place, (fed.index, fed.rows), shardings)
+        array = place(array, source_sharding(mesh, array.shape))
+        out = layer_pass(spec, weights, layer, array, index, rows)
         used = batch.rows.segments > 0
-        values[batch.index[used]] = np.asarray(out)[used]
+        values[batch.index[used]] = fetch(out)[used]
     return filled_source(values, source.layer + 1, mode, mesh)

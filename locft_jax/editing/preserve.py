@@ -26,7 +26,7 @@ from locft_jax.editing.retained import preserves, source_of
 from locft_jax.editing.step import Sides
 from locft_jax.errors import UserError
 from locft_jax.model.hf import Model
-from locft_jax.model.sharding import tensor_spec
+from locft_jax.model.sharding import fetch, place, tensor_spec
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import locate_tensor
 
@@ -121,8 +121,8 @@ def make_preserve(
 
     def matrix(moment: jax.Array, sharding: NamedSharding) -> jax.Array:
         if id(moment) not in made:
-            made[id(moment)] = input_matrix(np.asarray(moment), config.preserve, strength)
-        return jax.device_put(made[id(moment)], sharding)
+            made[id(moment)] = input_matrix(fetch(moment), config.preserve, strength)
+        return place(made[id(moment)], sharding)
 
     placed: dict[str, Sides] = {}
     lambdas: Lambdas = {}
@@ -131,5 +131,5 @@ def make_preserve(
         placed[name] = matrix(moment, columns), matrix(outer[name], rows) if outer else None
         if config.preserve != "null":
             sides = {"inputs": moment} | ({"outputs": outer[name]} if outer else {})
-            lambdas[name] = {side: lambda_of(np.asarray(m), strength) for side, m in sides.items()}
+            lambdas[name] = {side: lambda_of(fetch(m), strength) for side, m in sides.items()}
     return placed, lambdas

@@ -16,7 +16,7 @@ from locft_jax.data.tokens import prompt_ids
 from locft_jax.errors import UserError
 from locft_jax.model import decoder
 from locft_jax.model.hf import Model
-from locft_jax.model.sharding import rows_sharding
+from locft_jax.model.sharding import fetch, place, rows_sharding
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights
 from locft_jax.remote import open_file
@@ -133,9 +133,9 @@ def sample_model(
     for part in range(-(-count // SAMPLE_ROWS)):
         tokens = np.full((SAMPLE_ROWS, length), -1, np.int32)
         tokens[:, 0] = start
-        placed = jax.device_put(tokens, rows_sharding(model.mesh, SAMPLE_ROWS))
+        placed = place(tokens, rows_sharding(model.mesh, SAMPLE_ROWS))
         key = jax.random.fold_in(jax.random.key(seed), part)
-        out = np.asarray(_sample(model.spec, model.weights, model.edits, placed, jnp.asarray(stop), key))
+        out = fetch(_sample(model.spec, model.weights, model.edits, placed, jnp.asarray(stop), key))
         found += [row[row >= 0].tolist() for row in out]
     return found[:count]
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from locft_jax import hosts
 from locft_jax.config import Config, resolve_layers
 from locft_jax.data.requests import EditRequest
 from locft_jax.data.tokens import Corpus, encode_pairs
@@ -190,8 +191,9 @@ def run_edit(
 def cache_mode(model: Model, corpus: Corpus, layer: int, config: Config) -> str:
     """Where the activations that enter `layer` are kept, as `choose_mode` says."""
     size = len(corpus.tokens) * model.spec.d_model * np.dtype(model.dtype).itemsize
-    budgets, split = memory_budgets(config.memory_budget), width_split(model.mesh, model.spec.d_model)
-    return choose_mode(config.prefix_cache, layer, size, *budgets, split)
+    device, host = hosts.least(*memory_budgets(config.memory_budget))
+    split = width_split(model.mesh, model.spec.d_model)
+    return choose_mode(config.prefix_cache, layer, size, device, host, split)
 
 
 def last_delta(folder: str | Path, checkpoint: Checkpoint, site: Sequence[str]) -> Delta:
@@ -209,7 +211,7 @@ def last_delta(folder: str | Path, checkpoint: Checkpoint, site: Sequence[str]) 
 
 def memory_budgets(stated: float | None) -> tuple[float, float]:
     """Bytes that caches may take (on each device, on the host): what was stated (GiB), else 80 % of what
-    is free."""
+    is free here."""
     if stated is not None:
         return stated * 2**30, stated * 2**30
     host = 0.8 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from locft_jax.errors import UserError
-from locft_jax.model.sharding import tensor_sharding
+from locft_jax.model.sharding import place, tensor_sharding
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights, locate_tensor, take_tensor, weight_table
 
@@ -86,7 +86,7 @@ def read_site(
         own = base[name] if name in base else take_tensor(spec, weights, name)
         # A copy, as it will be donated; what lies on the host must not pass through one device.
         value = np.array(own, np.float32) if isinstance(own, np.ndarray) else jnp.array(own, jnp.float32)
-        theta[name] = jax.device_put(value, tensor_sharding(mesh, spec, row, stacked=False))
+        theta[name] = place(value, tensor_sharding(mesh, spec, row, stacked=False))
     return theta
 
 

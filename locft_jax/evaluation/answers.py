@@ -30,7 +30,7 @@ from locft_jax.editing.prefix import Source, advance, empty_values, filled_sourc
 from locft_jax.editing.step import target_logits
 from locft_jax.evaluation.generate import MOST, Pool, Reader, read_batch
 from locft_jax.model import decoder
-from locft_jax.model.sharding import replicated, source_sharding
+from locft_jax.model.sharding import fetch, place, replicated, source_sharding
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights, activation_dtype
 
@@ -66,7 +66,7 @@ def packed(corpus: Corpus, which: np.ndarray, reader: Reader) -> Iterator[tuple[
 def by_example(batch: Batch, values: jax.Array) -> list[np.ndarray]:
     """Values [M] at a batch's targets -> those of each of its examples."""
     used = batch.example >= 0
-    return np.split(np.asarray(values)[used], np.flatnonzero(np.diff(batch.example[used])) + 1)
+    return np.split(fetch(values)[used], np.flatnonzero(np.diff(batch.example[used])) + 1)
 
 
 def score_corpus(
@@ -80,7 +80,7 @@ def score_corpus(
     source = source or token_source(corpus, reader.mesh)
     for chunk, batch, _ in packed(corpus, which, reader):
         array, fed = source.feed(batch)
-        array = jax.device_put(array, source_sharding(reader.mesh, array.shape))
+        array = place(array, source_sharding(reader.mesh, array.shape))
         best, logprob = score_batch(
             reader.spec, source.layer, reader.weights, reader.edits, array, place_batch(fed, reader.mesh)
         )
@@ -224,7 +224,7 @@ def _read(reader: Reader, asked: _Questions, todo: Sequence[int], kept: ProbeCac
     if fill is not None:
         fill.corpus, fill.numbers = corpus, {key: n for n, key in enumerate(_keys(corpus))}
         values = empty_values(fill.mode, (len(corpus.tokens), spec.d_model), activation_dtype(reader.weights))
-    tokens = jax.device_put(corpus.tokens, replicated(mesh))
+    tokens = place(corpus.tokens, replicated(mesh))
     pool, unread = None, len(corpus)
 
     def settle(decoded: Iterator[tuple[int, list[int]]]) -> Iterator[int]:
@@ -238,7 +238,7 @@ def _read(reader: Reader, asked: _Questions, todo: Sequence[int], kept: ProbeCac
         )
         used = np.flatnonzero(batch.rows.segments)
         if fill is not None:
-            values[batch.index.reshape(-1)[used]] = np.asarray(entering).reshape(-1, spec.d_model)[used]
+            values[batch.index.reshape(-1)[used]] = fetch(entering).reshape(-1, spec.d_model)[used]
         for n, got in zip(chunk, by_example(batch, best), strict=True):
             asked.accept(todo[n], got.tolist())
         yield from (i for i in (todo[n] for n in chunk) if asked.done(i))

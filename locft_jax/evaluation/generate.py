@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from locft_jax.data.tokens import Batch, few_sizes
 from locft_jax.model import decoder
-from locft_jax.model.sharding import cache_sharding, replicated, split_heads
+from locft_jax.model.sharding import cache_sharding, fetch, place, replicated, split_heads
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights, activation_dtype
 
@@ -206,7 +206,7 @@ class Pool:
 
     def __init__(self, reader: Reader, rows: int, slots: int, new_tokens: int, stop: np.ndarray) -> None:
         self.reader, self.slots = reader, slots
-        self.stop = jax.device_put(stop, replicated(reader.mesh))
+        self.stop = place(stop, replicated(reader.mesh))
         self.text = np.full(few_sizes(rows, LEAST, 4), -1)  # of each row, -1: free
         self.pool = _empty(reader, len(self.text), slots, new_tokens)
 
@@ -246,7 +246,7 @@ class Pool:
             yield from self._run(quarter if 2 * few_sizes(quarter, LEAST, 1) <= len(self.text) else 0)
 
     def _place(self, a: np.ndarray | np.generic) -> jax.Array:
-        return jax.device_put(a, replicated(self.reader.mesh))
+        return place(a, replicated(self.reader.mesh))
 
     def _run(self, enough: int) -> Iterator[tuple[int, list[int]]]:
         """Decode until at most `enough` rows are taken; free those that are done."""
@@ -256,7 +256,7 @@ class Pool:
         self.pool = pool = decode(
             r.spec, r.weights, r.edits, self.pool, self.stop, self._place(np.int32(enough))
         )
-        left, made, begun, said = map(np.asarray, (pool.left, pool.made, pool.begun, pool.said))
+        left, made, begun, said = map(fetch, (pool.left, pool.made, pool.begun, pool.said))
         for row in np.flatnonzero((self.text >= 0) & (left == 0)):
             steps = (begun[row] + np.arange(made[row])) % said.shape[1]
             yield int(self.text[row]), said[row, steps].tolist()

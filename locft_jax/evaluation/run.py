@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from locft_jax import hosts
 from locft_jax.config import Config
 from locft_jax.data.capability import CapabilityItem
 from locft_jax.data.tokens import check_prompts, encode_pairs, prompt_ids
@@ -154,8 +155,9 @@ def _cache_mode(model: Model, asked: Asked, layer: int, config: Config, beside: 
     texts = sum(len(p) + len(g) + 1 for p, g in zip(asked.prompts, asked.guesses, strict=True))
     size = (texts + beside) * model.spec.d_model * np.dtype(model.dtype).itemsize
     try:
-        budgets, split = memory_budgets(config.memory_budget), width_split(model.mesh, model.spec.d_model)
-        return choose_mode(config.prefix_cache, layer, size, *budgets, split)
+        device, host = hosts.least(*memory_budgets(config.memory_budget))
+        split = width_split(model.mesh, model.spec.d_model)
+        return choose_mode(config.prefix_cache, layer, size, device, host, split)
     except UserError:  # the mode that was asked for holds the edit's own at most
         return "off"
 

@@ -42,12 +42,12 @@ class Compilations:
 
 
 @contextmanager
-def counted(folder: Path) -> Iterator[Compilations]:
-    """Programs that are compiled inside are kept in `folder` for a process that goes on, and counted. A
-    cache that the user has set is used instead."""
+def counted(folder: Path | None) -> Iterator[Compilations]:
+    """Programs that are compiled inside are kept in `folder`, if there is one, for a process that goes on,
+    and counted. A cache that the user has set is used instead."""
     count, old = Compilations(), {name: getattr(jax.config, name) for name in OPTIONS}
-    own = getattr(jax.config, "jax_compilation_cache_dir", None) is None
-    if own:
+    own = folder is not None and getattr(jax.config, "jax_compilation_cache_dir", None) is None
+    if folder is not None and own:
         folder.mkdir(parents=True, exist_ok=True)
         _use(str(folder), OPTIONS)
     jax.monitoring.register_event_listener(count.on_event)

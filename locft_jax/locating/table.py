@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from locft_jax import hosts
 from locft_jax.editing.checkpoint import check_same, open_folder, resumable, saved_something
 from locft_jax.evaluation.report import plain
 from locft_jax.evaluation.run import Answers
@@ -43,17 +44,24 @@ class Table:
         """One more line; on the disk when this returns."""
         self.lines.append(line)
         self.seen.add((line["layer"], line["module"]))
-        append_jsonl(self.folder / "sites.jsonl", line)
+        if hosts.first():
+            append_jsonl(self.folder / "sites.jsonl", line)
         return line
 
     def keep_before(self, before: Answers) -> None:
         """Keep the answers before any edit."""
-        write_whole_json(self.folder / "before.json", dataclasses.asdict(before))
+        if hosts.first():
+            write_whole_json(self.folder / "before.json", dataclasses.asdict(before))
 
     def before(self) -> Answers | None:
         """What `keep_before` kept, or None."""
+        found = None
         with suppress(OSError, ValueError, TypeError):
-            return Answers(**json.loads((self.folder / "before.json").read_text(encoding="utf-8")))
+            if hosts.first():
+                found = json.loads((self.folder / "before.json").read_text(encoding="utf-8"))
+        found = hosts.from_first(found)
+        with suppress(TypeError):
+            return Answers(**found)
         return None
 
     @contextmanager
@@ -67,7 +75,7 @@ class Table:
             with resumable(self.folder, left):
                 yield
         finally:
-            if self.folder.exists() and not saved_something(self.folder):
+            if hosts.first() and self.folder.exists() and not saved_something(self.folder):
                 shutil.rmtree(self.folder, ignore_errors=True)
                 with suppress(OSError):
                     self.folder.parent.rmdir()  # only if it is empty
@@ -77,10 +85,13 @@ def open_table(out: Path, run: Mapping[str, Any], resume: bool) -> Table:
     """The table of a run in `out`: its lines so far if it is to `resume`, else none. Raises UserError naming
     what differs when they are another run's."""
     folder = open_folder(out, run, resume)
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = kept_jsonl(folder / "sites.jsonl")
-    write_whole_json(folder / "run.json", run)
-    return Table(folder, lines)
+    lines: Sequence[Line] = []
+    if hosts.first():
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = kept_jsonl(folder / "sites.jsonl")
+        write_whole_json(folder / "run.json", run)
+    hosts.agree()
+    return Table(folder, hosts.from_first(lines))
 
 
 def finished(out: Path, run: Mapping[str, Any]) -> bool:

@@ -28,7 +28,7 @@ from locft_jax.files import whole_folder
 from locft_jax.model import reading
 from locft_jax.model.headers import SIZES, TensorInfo, read_header, read_remote_header
 from locft_jax.model.quantize import Quantized, quantize_rows, row_scales
-from locft_jax.model.sharding import make_mesh, tensor_sharding, weight_shardings
+from locft_jax.model.sharding import fetch, make_mesh, place, tensor_sharding, weight_shardings
 from locft_jax.model.spec import ModelSpec, eos_ids, parse_spec, read_config
 from locft_jax.model.weights import Edits, Row, Weights, activation_dtype, locate_tensor, weight_table
 
@@ -302,7 +302,7 @@ def read_raw(checkpoint: Checkpoint, name: str) -> bytes:
 
 def to_checkpoint_dtype(checkpoint: Checkpoint, edits: Edits) -> dict[str, np.ndarray]:
     """Edited tensors rounded to what the checkpoint stores: exactly what will be exported."""
-    return {n: np.asarray(a).astype(DTYPES[checkpoint.tensors[n].dtype]) for n, a in edits.items()}
+    return {n: fetch(a).astype(DTYPES[checkpoint.tensors[n].dtype]) for n, a in edits.items()}
 
 
 def save_hf(
@@ -467,7 +467,7 @@ class Model:
                     raise
                 continue
             sharding = tensor_sharding(self.mesh, self.spec, row, stacked=False)
-            placed[name] = jax.device_put(value.astype(dtype or self.dtype), sharding)
+            placed[name] = place(value.astype(dtype or self.dtype), sharding)
         return dataclasses.replace(self, edits={**self.edits, **placed})
 
     def apply(self, delta: "Delta") -> "Model":
@@ -506,7 +506,7 @@ def frozen_dtype(checkpoint: Checkpoint, weights: str) -> np.dtype:
 
 def check_finite(checkpoint: Checkpoint, weights: Weights) -> None:
     """Raise UserError naming the tensors that hold NaN or infinity (one pass over the weights)."""
-    finite = jax.device_get(_finite(checkpoint.spec, weights))
+    finite = jax.tree.map(fetch, _finite(checkpoint.spec, weights))
     bad = [
         name
         for key, row in weight_table(checkpoint.spec).items()

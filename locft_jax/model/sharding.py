@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,16 +21,21 @@ from locft_jax.model.weights import Row, Weights, weight_table
 
 
 def make_mesh(shape: Mapping[str, int] | None = None, devices: list[jax.Device] | None = None) -> Mesh:
-    """`{data: 1, model: -1}` over the devices present; -1 takes what is left.
+    """`{data: 1, model: -1}` over the devices present, those of all processes; -1 takes what is left.
 
-    Raises UserError when the product does not fit the number of devices.
+    Raises UserError when the product does not fit the number of devices, or, with several processes, leaves
+    some of them idle.
     """
     devices = jax.devices() if devices is None else devices
+    processes = len({d.process_index for d in devices})
     sizes = resolve_sizes(shape or {}, len(devices))
+    if sizes and processes > 1 and sizes["data"] * sizes["model"] < len(devices):
+        sizes = None  # a process without a device could not take part
     if sizes is None:
+        of = f" of {processes} processes" if processes > 1 else ""
         raise UserError(
-            f"mesh: {dict(shape or {})} does not fit {len(devices)} device(s); "
-            f"data x model must divide {len(devices)}, for example {{data: 1, model: {len(devices)}}}"
+            f"mesh: {dict(shape or {})} does not fit {len(devices)} device(s){of}; data x model must "
+            f"{'be' if of else 'divide'} {len(devices)}, for example {{data: 1, model: {len(devices)}}}"
         )
     return jax.make_mesh(
         (sizes["data"], sizes["model"]),
@@ -152,3 +159,22 @@ def _constrained(x: jax.Array, part: str | None) -> jax.Array:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same everywhere."""
     return NamedSharding(mesh, P())
+
+
+def place(value: Any, sharding: NamedSharding) -> jax.Array:
+    """A value of the host, the same in every process, or an array of this mesh, where `sharding` wants it.
+    With several processes each sends what its own devices hold, and waits for no other process: threads
+    may call this."""
+    if sharding.is_fully_addressable or (isinstance(value, jax.Array) and not value.is_fully_addressable):
+        return jax.device_put(value, sharding)
+    own = np.asarray(value, jnp.result_type(value))
+    return jax.make_array_from_callback(own.shape, sharding, lambda index: own[index])
+
+
+def fetch(value: Any) -> np.ndarray:
+    """A value on the host, whole. With several processes all of them must ask, and each gets all of it."""
+    if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
+        from jax.experimental.multihost_utils import process_allgather
+
+        return process_allgather(value, tiled=True)
+    return np.asarray(value)

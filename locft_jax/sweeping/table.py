@@ -15,7 +15,9 @@ from locft_jax.evaluation.report import plain
 from locft_jax.files import kept_jsonl, write_json, write_whole_json
 from locft_jax.locating.rule import FIGURES
 
-SHORT = dict(zip(FIGURES, ("rel.", "gen.", "loc.", "agr.", "cap."), strict=True))
+# Of a sweep's runs also the reliability where nothing but EOS ends an answer: what `append_eos` is for.
+RATES = (FIGURES[0], "reliability_eos_only", *FIGURES[1:])
+SHORT = dict(zip(RATES, ("rel.", "eos", "gen.", "loc.", "agr.", "cap."), strict=True))
 Line = Mapping[str, Any]
 
 
@@ -49,7 +51,7 @@ def grouped(lines: Sequence[Line]) -> list[dict[str, Any]]:
     rows = []
     for text, own in groups.items():
         row: dict[str, Any] = {"settings": json.loads(text), "seeds": len(own)}
-        for key in (*FIGURES, "steps", "edit_seconds"):
+        for key in (*RATES, "steps", "edit_seconds"):
             values = [line[key] for line in own if line[key] is not None]
             row[key] = statistics.fmean(values) if values else None
             row[f"{key}_spread"] = statistics.stdev(values) if len(values) > 1 else None
@@ -66,7 +68,7 @@ def write_results(folder: Path, lines: Sequence[Line], facts: Mapping[str, Any])
     write_json(folder / "sweep.json", result)
     keys = list(lines[0]["settings"])
     with (folder / "sweep.csv").open("w", encoding="utf-8", newline="") as f:
-        columns = [*keys, *FIGURES, "steps", "epochs", "stopped", "edit_seconds"]
+        columns = [*keys, *RATES, "steps", "epochs", "stopped", "edit_seconds"]
         writer = csv.DictWriter(f, columns, extrasaction="ignore")
         writer.writeheader()
         for line in lines:
@@ -82,7 +84,7 @@ def write_results(folder: Path, lines: Sequence[Line], facts: Mapping[str, Any])
 def print_table(result: Mapping[str, Any], console: Console) -> None:
     """One row a setting: figures in percent, with their spread over seeds."""
     rows = result["rows"]
-    shown = [key for key in FIGURES if any(row[key] is not None for row in rows)]
+    shown = [key for key in RATES if any(row[key] is not None for row in rows)]
     table = Table(title=plain(f"{result['title']}, %"), title_justify="left")
     table.add_column("run")
     for column in (*(SHORT[key] for key in shown), "steps", "seconds"):

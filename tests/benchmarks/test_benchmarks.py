@@ -112,3 +112,10 @@ def test_loading():
     for row in result["rows"]:
         assert row["ratio"] == pytest.approx(row["load_seconds"] / row["read_seconds"])
         assert 0 < row["beyond_weights_gib"] < 2  # a process that has imported jax, and little else
+
+
+def test_prefixed_probes():
+    result = script("prefixed_probes.py")
+    assert [row["augment_prefixes"] for row in result["rows"]] == [0, 1]
+    for row in result["rows"]:
+        assert all(0 <= value <= 1 for value in row["mean"].values()) and len(row["mean"]) == 5

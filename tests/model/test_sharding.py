@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from locft_jax.data.tokens import corpus_from_lists, fit_shape, pack
 from locft_jax.editing.pipeline import place_batch
@@ -18,7 +19,7 @@ from locft_jax.model.sharding import cache_sharding, make_mesh, replicated, weig
 from locft_jax.model.spec import parse_spec
 from locft_jax.model.weights import abstract_weights
 
-VOCABULARY = 520  # no other size is this number
+VOCABULARY, LAYERS = 520, 5  # no other size is either number
 SITE = "model.layers.1.mlp.down_proj.weight"
 
 
@@ -30,7 +31,7 @@ def programs(tie, mesh, int8=False):
             "vocab_size": VOCABULARY,
             "hidden_size": 32,
             "intermediate_size": 64,
-            "num_hidden_layers": 2,
+            "num_hidden_layers": LAYERS,
             "num_attention_heads": 8,
             "num_key_value_heads": 4,
             "tie_word_embeddings": tie,
@@ -60,13 +61,21 @@ def whole(text):
     }
 
 
+def gathered_stacks(text):
+    """Results of all-gathers in a compiled program that hold a weight of every layer, [L, out, in]. (Keys
+    and values of every layer have five dimensions: 8 devices cannot split their 4 heads.)"""
+    sizes = [s.split(",") for s in re.findall(r"= \(?\w+\[([\d,]+)\]\S* all-gather", text)]
+    return [size for size in sizes if str(LAYERS) in size and len(size) <= 3]
+
+
 @pytest.mark.parametrize(
     ("tie", "shape", "int8"), [(True, (1, 8), False), (False, (2, 4), False), (False, (1, 8), True)]
 )
-def test_logits_stay_split_over_the_vocabulary(tie, shape, int8):
+def test_logits_stay_split_over_the_vocabulary_and_stacks_over_devices(tie, shape, int8):
     mesh = make_mesh({"data": shape[0], "model": shape[1]})
     for name, lowered in programs(tie, mesh, int8).items():
         text = lowered.compile().as_text()
+        assert not gathered_stacks(text), name
         assert f"{VOCABULARY // shape[1]}]" in text or f",{VOCABULARY // shape[1]}," in text, name
         assert not whole(text), name
 
@@ -74,6 +83,15 @@ def test_logits_stay_split_over_the_vocabulary(tie, shape, int8):
 def test_on_one_device_they_would_be_whole():
     mesh = make_mesh({"data": 1, "model": 1}, jax.devices()[:1])
     assert all(whole(lowered.compile().as_text()) for lowered in programs(True, mesh).values())
+
+
+def test_a_gathered_stack_would_be_found():
+    mesh = make_mesh({"data": 1, "model": 8})
+    stack = jax.ShapeDtypeStruct(
+        (LAYERS, 64, 32), jnp.float32, sharding=NamedSharding(mesh, jax.P(None, "model"))
+    )
+    whole = jax.jit(lambda a: a + 1, out_shardings=replicated(mesh)).lower(stack).compile()
+    assert gathered_stacks(whole.as_text())
 
 
 def test_a_cache_splits_rows_and_heads_where_they_divide():
