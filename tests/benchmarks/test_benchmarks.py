@@ -87,9 +87,9 @@ def test_gpu_edit(torch):
 
 
 def test_preserve():
-    result = script("preserve.py", "--methods", "plain", "kl-prompts", "--sequential")
+    result = script("preserve.py", "--methods", "plain", "kl-facts", "--sequential")
     assert result["benchmark"] == "preserve"
-    assert [row["method"] for row in result["rows"]] == ["plain", "kl-prompts"]
+    assert [row["method"] for row in result["rows"]] == ["plain", "kl-facts"]
     for row in result["rows"]:
         assert row["mean"].keys() == row["spread"].keys()
         assert row["runs"][0]["seconds"] > 0 and 0 <= row["mean"]["lost"] <= 1
