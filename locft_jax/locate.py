@@ -39,7 +39,7 @@ from locft_jax.model.hf import Checkpoint, load_opened, load_tokenizer, open_che
 from locft_jax.model.sharding import make_mesh
 from locft_jax.progress import Bar, say
 
-EDITS, PROBES = 100, 1000  # the sample, where the config says nothing
+EDITS, PROBES = 200, 1000  # the sample, where the config says nothing
 
 
 def main(argv: list[str] | None = None) -> None:
