@@ -52,7 +52,7 @@ def grouped(lines: Sequence[Line]) -> list[dict[str, Any]]:
     for text, own in groups.items():
         row: dict[str, Any] = {"settings": json.loads(text), "seeds": len(own)}
         for key in (*RATES, "steps", "edit_seconds"):
-            values = [line[key] for line in own if line[key] is not None]
+            values = [line[key] for line in own if line.get(key) is not None]
             row[key] = statistics.fmean(values) if values else None
             row[f"{key}_spread"] = statistics.stdev(values) if len(values) > 1 else None
         rows.append(row)
@@ -60,11 +60,15 @@ def grouped(lines: Sequence[Line]) -> list[dict[str, Any]]:
 
 
 def write_results(folder: Path, lines: Sequence[Line], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """sweep.json, sweep.csv, sweep.png and, where runs were measured as they went, dynamics.png; what
-    sweep.json holds."""
+    """sweep.json, sweep.csv, sweep.png; where runs were measured as they went, dynamics.png; where they keep
+    other knowledge in different ways, frontier.png. What sweep.json holds."""
+    from locft_jax.sweeping import frontier
     from locft_jax.sweeping.figure import draw_dynamics, draw_sweep
 
-    result = {**facts, "rows": grouped(lines), "runs": list(lines)}
+    result: dict[str, Any] = {**facts, "rows": grouped(lines), "runs": list(lines)}
+    if frontier.is_frontier(result["rows"]):
+        result["recommendation"] = frontier.recommend(result["rows"])
+        frontier.draw_frontier(result["rows"], facts["title"], folder / "frontier.png")
     write_json(folder / "sweep.json", result)
     keys = list(lines[0]["settings"])
     with (folder / "sweep.csv").open("w", encoding="utf-8", newline="") as f:
@@ -104,6 +108,9 @@ def print_table(result: Mapping[str, Any], console: Console) -> None:
         )
     console.print(table)
     console.print("; ".join(f"{SHORT[key]} {key.replace('_', ' ')}" for key in shown))
+    if "recommendation" in result:
+        console.print(plain(f"What to use: {result['recommendation']['words']}"))
+        console.print(f"\n{plain(result['recommendation']['config'])}\n")
 
 
 def label(settings: Mapping[str, Any], without: str | None = None) -> str:
