@@ -35,7 +35,7 @@ from locft_jax.model.spec import parse_spec
 from locft_jax.model.weights import weight_table
 
 ROOT = Path(__file__).resolve().parents[1]
-WITHIN = 300  # seconds: no test waits longer for a process
+WITHIN = 600  # seconds: no test waits longer for a process
 SHORT = {"num_steps": 4, "loss_floor": 0, "checkpoint_every": 3}  # 12 steps, and one in four is kept
 MESHES = {"data": "{data: 2, model: 4}", "model": "{data: 1, model: 8}"}  # what crosses processes
 # What each of them runs, and on one device.
@@ -201,8 +201,8 @@ def reference(edit_arguments, folder):
 
 
 def compared(edit_arguments, out, name, folder, mesh=MESHES["data"]):
-    """Arguments of `locate` and of `sweep` for two edits each."""
-    options = {"locate": ["--modules", "down", "--layers", "1", "2"], "sweep": [str(folder / "rates.yaml")]}
+    """Arguments of `locate` and of `sweep` for one edit each."""
+    options = {"locate": ["--modules", "down", "--layers", "1"], "sweep": [str(folder / "rates.yaml")]}
     return [*options[name], *edit_arguments(out, num_steps=3, mesh=mesh)]
 
 
@@ -210,7 +210,7 @@ def compared(edit_arguments, out, name, folder, mesh=MESHES["data"]):
 def pair(edit_arguments, folder, tiny_model_dir, edits_file):
     """Two processes that ran five commands: an edit on either mesh, an evaluation of what the first of them
     left, a search for the site and a sweep."""
-    (folder / "rates.yaml").write_text("grid:\n  lr: [0.001, 0.01]\n")
+    (folder / "rates.yaml").write_text("grid:\n  lr: [0.003]\n")
     jobs = []
     for i in range(2):
         out = folder / f"process-{i}"
@@ -279,7 +279,7 @@ def test_two_processes_compare_as_one_does(pair, folder, edit_arguments, name, l
         found[out] = [
             {key: line[key] for key in ("steps", "before", *FIGURES) if key in line} for line in own
         ]
-    assert len(found[one]) == 2 and found[one] == found[folder / "process-0" / name]
+    assert len(found[one]) == 1 and found[one] == found[folder / "process-0" / name]
 
 
 def test_each_process_loads_what_its_own_devices_hold(pair, folder, tiny_model_dir):
