@@ -63,7 +63,7 @@ def one_run(model: Any, skills: Any, edits: int, count: int, seed: int, small: b
         request["rephrase_prompts"].insert(0, f"{texts[i % len(texts)]} {request['prompt']}")
     result = edit(model, requests, config, skills)
     asked = [line for line in result.predictions if line["probe"] == "generalization"]
-    first = {(r["case_id"], r["rephrase_prompts"][0]) for r in requests}
+    first = {(str(r["case_id"]), r["rephrase_prompts"][0]) for r in requests}
     prefixed = [line["correct"] for line in asked if (line["case"], line["prompt"]) in first]
     rest = [line["correct"] for line in asked if (line["case"], line["prompt"]) not in first]
     return {

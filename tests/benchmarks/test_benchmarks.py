@@ -119,3 +119,9 @@ def test_prefixed_probes():
     assert [row["augment_prefixes"] for row in result["rows"]] == [0, 1]
     for row in result["rows"]:
         assert all(0 <= value <= 1 for value in row["mean"].values()) and len(row["mean"]) == 5
+
+
+def test_perplexity():
+    result = script("perplexity.py")
+    (row,) = result["rows"]
+    assert row["method"] == "plain" and row["mean"]["perplexity"] > result["before"] > 1
