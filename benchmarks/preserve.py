@@ -36,14 +36,14 @@ METHODS: dict[str, dict[str, Any]] = {
         "preserve_strength": 30.0,
         "preserve_data": "templates",
     },
-    "kl-templates": {"lr": 3e-3, "preserve_kl": 0.5, "preserve_data": "templates"},
+    "soft-model": {"lr": 3e-3, "preserve": "soft", "preserve_data": "model"},
     "kl-model": {"lr": 4e-3, "preserve_kl": 1.0, "preserve_data": "model"},
+    "soft-kl-model": {"lr": 4e-3, "preserve": "soft", "preserve_kl": 1.0, "preserve_data": "model"},
     # Other facts than those asked.
     "soft-facts": {"lr": 2e-3, "preserve": "soft", "preserve_strength": 30.0, "preserve_data": KEPT},
     "null-facts": {"lr": 1.5e-3, "preserve": "null", "preserve_strength": 0.99, "preserve_data": KEPT},
     "kfac-facts": {"lr": 3e-3, "preserve": "kfac", "preserve_strength": 1.0, "preserve_data": KEPT},
-    "kl-facts": {"lr": 4e-3, "preserve_kl": 1.0, "preserve_data": KEPT},
-    "soft-kl-facts": {"lr": 4e-3, "preserve": "soft", "preserve_kl": 1.0, "preserve_data": KEPT},
+    "kl-facts": {"lr": 3e-3, "preserve_kl": 5.0, "preserve_data": KEPT},
 }
 SAME = {"layer": 6, "batch_size": 200, "num_steps": 250, "loss_average": "token", "loss_floor": 3e-3,
         "evaluate": False}  # fmt: skip

@@ -21,7 +21,7 @@ from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights
 from locft_jax.remote import open_file
 
-SAMPLES, SAMPLE_LENGTH, SAMPLE_ROWS = 2048, 32, 128  # sequences of so many tokens at most, so many at once
+SAMPLES, SAMPLE_LENGTH, SAMPLE_ROWS = 512, 32, 128  # sequences of so many tokens at most, so many at once
 
 
 def preserves(config: Config) -> bool:
