@@ -1,25 +1,44 @@
 """Second moments at a matrix over retained texts: of its inputs, C = E[x x^T], and of the gradients at its
-outputs, G = E[g g^T], where g is that of the log-likelihood of labels that the model itself draws."""
+outputs, G = E[g g^T], where g is that of the log-likelihood of labels that the model itself draws.
 
+Exact up to a width of EXACT. Of wider ones the leading eigenvectors, by randomized subspace iteration (Halko,
+Martinsson, Tropp 2011) in PASSES passes over the texts: a [width, width] matrix is never made."""
+
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from locft_jax.data.tokens import Batch, corpus_from_lists, even_rows, fit_shape, pack, sequential_batches
 from locft_jax.editing.pipeline import place_batch
 from locft_jax.model import decoder
-from locft_jax.model.sharding import place, replicated, split_width, whole_width
+from locft_jax.model.sharding import fetch, place, replicated, split_width, whole_width
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights, activation_dtype, locate_tensor, weight_table
 
 ROWS, LABEL_ROWS = 64, 16  # of a batch of the pass that sums C up, and of the one for G (with all logits)
 INPUTS = {"q": "attn", "k": "attn", "v": "attn", "o": "o", "gate": "mlp", "up": "mlp", "down": "down"}
 
-Moments = dict[str, jax.Array]  # HF tensor name -> C [in, in] or G [out, out], float32
+EXACT = 16384  # the widest inputs, or outputs, whose moment is computed whole
+RANK, PASSES = 1024, 3  # eigenvectors of the others, and the passes that find them
+
+
+@dataclasses.dataclass(frozen=True)
+class Leading:
+    """What is known of a moment [n, n] that is too wide to be computed."""
+
+    vectors: np.ndarray  # [n, k] float32, orthonormal: the leading eigenvectors
+    values: np.ndarray  # [k] float64, their eigenvalues, the largest first
+    trace: float  # of all n
+
+
+Moment = jax.Array | Leading
+Moments = dict[str, Moment]  # HF tensor name -> C [in, in] or G [out, out], float32
 Place = tuple[int, str]  # layer, and a key (outputs) or a value (inputs) of INPUTS
 
 
@@ -72,10 +91,14 @@ def _walk(
     return x, found
 
 
-def _squares(x: jax.Array, used: jax.Array) -> jax.Array:
-    """Sum of x x^T over the used [B, T] vectors of x [B, T, D]: [D, D] float32."""
+def _squares(x: jax.Array, used: jax.Array, basis: jax.Array | None) -> jax.Array | dict[str, jax.Array]:
+    """Sum of x x^T over the used [B, T] vectors of x [B, T, D]: [D, D] float32. With a `basis` [D, k] only
+    its product with it, and its trace."""
     z = jnp.where(used[..., None], x, 0).astype(jnp.float32)
-    return jnp.einsum("btd,bte->de", z, z, precision=jax.lax.Precision.HIGHEST)
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    if basis is None:
+        return product("btd,bte->de", z, z)
+    return {"product": product("btd,btk->dk", z, product("btd,dk->btk", z, basis)), "trace": jnp.sum(z * z)}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -84,13 +107,15 @@ def _input_sums(
     wanted: tuple[Place, ...],
     weights: Weights,
     edits: Edits,
+    bases: Mapping[Place, jax.Array],
     tokens: jax.Array,
     batch: Batch,
-) -> dict[Place, jax.Array]:
-    """Sums of x x^T over a batch's tokens, {(layer, value of INPUTS): [in, in]}, for the wanted inputs."""
+) -> dict[Place, Any]:
+    """Sums of x x^T over a batch's tokens as in `_squares`, for the wanted inputs: (layer, value of
+    INPUTS)."""
     x = decoder.embed(spec, weights, edits, tokens[batch.index])
     _, found = _walk(spec, weights, edits, x, batch.rows, sorted({l for l, _ in wanted}))
-    return {place: _squares(found[place], batch.rows.segments > 0) for place in wanted}
+    return {at: _squares(found[at], batch.rows.segments > 0, bases.get(at)) for at in wanted}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -99,11 +124,12 @@ def _output_sums(
     wanted: tuple[Place, ...],
     weights: Weights,
     edits: Edits,
+    key: jax.Array,
+    bases: Mapping[Place, jax.Array],
     tokens: jax.Array,
     batch: Batch,
-    key: jax.Array,
-) -> dict[Place, jax.Array]:
-    """Sums of g g^T over a batch's tokens, {(layer, key of INPUTS): [out, out]}, for the wanted outputs. A
+) -> dict[Place, Any]:
+    """Sums of g g^T over a batch's tokens as in `_squares`, for the wanted outputs (layer, key of INPUTS). A
     token's label is drawn from what the model expects after it, by its place in the corpus."""
     used = batch.rows.segments > 0
     layers = sorted({l for l, _ in wanted})
@@ -121,16 +147,16 @@ def _output_sums(
 
     table, dtype = weight_table(spec), activation_dtype(weights)
     nothing = {(l, m): jnp.zeros((*batch.index.shape, table[m].shape[0]), dtype) for l, m in wanted}
-    return {place: _squares(g, used) for place, g in jax.grad(likelihood)(nothing).items()}
+    return {at: _squares(g, used, bases.get(at)) for at, g in jax.grad(likelihood)(nothing).items()}
 
 
 def _means(
-    sums: Callable[[jax.Array, Batch], dict[Place, jax.Array]],
+    sums: Callable[[jax.Array, Batch], dict[Place, Any]],
     texts: Sequence[Sequence[int]],
     mesh: Mesh,
     row_length: int,
     most_rows: int,
-) -> dict[Place, jax.Array]:
+) -> dict[Place, Any]:
     """`sums` (of the corpus's tokens, and a batch of it) added up over texts (token ids), a token's share.
     Streams over the texts once."""
     # A batch does not read a text's last token, so each gets one more.
@@ -139,14 +165,51 @@ def _means(
     batches = list(sequential_batches(corpus, rows, length))
     shape = fit_shape(corpus, batches, length, mesh.shape["data"])
     tokens = place(corpus.tokens, replicated(mesh))
-    total: dict[Place, jax.Array] | None = None
+    total: dict[Place, Any] | None = None
     for which in batches:
         batch = pack(corpus, which, shape)
         assert batch is not None, "fit_shape saw every batch"
         own = sums(tokens, place_batch(batch, mesh))
         total = own if total is None else jax.tree.map(jnp.add, total, own)
     assert total is not None, "a corpus is never empty"
-    return {at: value / sum(map(len, texts)) for at, value in total.items()}
+    return jax.tree.map(lambda value: value / sum(map(len, texts)), total)
+
+
+def _moments(
+    sums: Callable[..., dict[Place, Any]],
+    widths: Mapping[Place, int],
+    texts: Sequence[Sequence[int]],
+    mesh: Mesh,
+    row_length: int,
+    most_rows: int,
+) -> dict[Place, Moment]:
+    """The moments at places of these widths; `sums` takes the places, their bases, tokens and a batch."""
+    exact = tuple(sorted(at for at, width in widths.items() if width <= EXACT))
+    wide = tuple(sorted(widths.keys() - set(exact)))
+    found: dict[Place, Moment] = {}
+    if exact:
+        found = _means(lambda *batch: sums(exact, {}, *batch), texts, mesh, row_length, most_rows)
+    if not wide:
+        return found
+    rng = np.random.default_rng(0)
+    bases = {at: _orthonormal(rng.standard_normal((widths[at], min(RANK, widths[at])))) for at in wide}
+    for at_pass in range(PASSES):
+        placed = {at: place(basis, replicated(mesh)) for at, basis in bases.items()}
+        seen = _means(lambda *b, p=placed: sums(wide, p, *b), texts, mesh, row_length, most_rows)
+        for at, own in seen.items():
+            product = fetch(own["product"]).astype(np.float64)
+            if at_pass < PASSES - 1:
+                bases[at] = _orthonormal(product)
+                continue
+            small = bases[at].T.astype(np.float64) @ product  # the moment within the basis
+            values, vectors = np.linalg.eigh((small + small.T) / 2)
+            leading = (bases[at] @ vectors[:, ::-1]).astype(np.float32)
+            found[at] = Leading(leading, np.maximum(values[::-1], 0), float(fetch(own["trace"])))
+    return found
+
+
+def _orthonormal(a: np.ndarray) -> np.ndarray:
+    return np.linalg.qr(a)[0].astype(np.float32)
 
 
 def matrices_of(spec: ModelSpec, site: Sequence[str]) -> dict[str, Place]:
@@ -165,11 +228,12 @@ def second_moments(
     base: Edits = {},  # noqa: B006 (never written to)
 ) -> Moments:
     """C = E[x x^T] [in, in], float32, over the tokens of texts (token ids), for every matrix of the site in
-    a layer; matrices with one input share one array."""
+    a layer, `Leading` where it is wide; matrices with one input share one."""
     keys = {n: (l, INPUTS[m]) for n, (l, m) in matrices_of(spec, site).items()}
-    sums = functools.partial(_input_sums, spec, tuple(sorted(set(keys.values()))), weights, dict(base))
-    mean = _means(sums, texts, mesh, row_length, ROWS)
-    return {name: mean[place] for name, place in keys.items()}
+    widths = {at: locate_tensor(spec, name)[0].shape[1] for name, at in keys.items()}
+    sums = lambda wanted, bases, *batch: _input_sums(spec, wanted, weights, dict(base), bases, *batch)  # noqa: E731
+    found = _moments(sums, widths, texts, mesh, row_length, ROWS)
+    return {name: found[at] for name, at in keys.items()}
 
 
 def gradient_moments(
@@ -182,9 +246,10 @@ def gradient_moments(
     seed: int,
     base: Edits = {},  # noqa: B006 (never written to)
 ) -> Moments:
-    """G = E[g g^T] [out, out], float32, for every matrix of the site in a layer."""
-    keys = matrices_of(spec, site)
-    sums = functools.partial(_output_sums, spec, tuple(sorted(keys.values())), weights, dict(base))
-    draw = jax.random.key(seed)
-    mean = _means(lambda tokens, batch: sums(tokens, batch, draw), texts, mesh, row_length, LABEL_ROWS)
-    return {name: mean[place] for name, place in keys.items()}
+    """G = E[g g^T] [out, out], float32, for every matrix of the site in a layer; `Leading` where it is
+    wide."""
+    keys, draw = matrices_of(spec, site), jax.random.key(seed)
+    widths = {at: locate_tensor(spec, name)[0].shape[0] for name, at in keys.items()}
+    sums = lambda wanted, *rest: _output_sums(spec, wanted, weights, dict(base), draw, *rest)  # noqa: E731
+    found = _moments(sums, widths, texts, mesh, row_length, LABEL_ROWS)
+    return {name: found[at] for name, at in keys.items()}

@@ -9,28 +9,28 @@ is multiplied on the input side by a matrix P [in, in], after Adam (editing/step
     kfac   soft on both sides: also on the output side, with G = E[g g^T] [out, out] in place of C, where g is
            the gradient at the matrix's output of the log-likelihood of labels that the model itself draws
 
-Exact C and G only: matrices wider than MAX_WIDTH are refused.
+Of inputs and outputs too wide for a matrix (editing/moments.py) the leading eigenvectors stand for C and G,
+and P is the identity on all that is orthogonal to them.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from locft_jax.config import Config
-from locft_jax.editing.moments import INPUTS, Moments, gradient_moments, second_moments
+from locft_jax.editing import moments
+from locft_jax.editing.moments import INPUTS, Leading, Moment, Moments, gradient_moments, second_moments
 from locft_jax.editing.retained import preserves, source_of
-from locft_jax.editing.step import Sides
+from locft_jax.editing.step import LowRank, Side, Sides
 from locft_jax.errors import UserError
 from locft_jax.model.hf import Model
-from locft_jax.model.sharding import fetch, place, tensor_spec
+from locft_jax.model.sharding import fetch, place, replicated, tensor_spec
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import locate_tensor
 
-MAX_WIDTH = 16384  # of a tuned matrix's input: C and P are [width, width]
 DEFAULT_STRENGTH = {"soft": 10.0, "null": 0.9, "kfac": 10.0}
 
 Lambdas = dict[str, dict[str, float]]  # HF name -> {"inputs": lambda, "outputs": lambda (kfac)}
@@ -66,25 +66,21 @@ def check_preserve(spec: ModelSpec, site: Sequence[str], config: Config) -> None
                 f"preserve: {name} is tuned, but {config.preserve} works on the matrices of layers only; "
                 "use another rewrite_module, or preserve=none"
             )
-        widths = {"inputs": row.shape[-1]} | ({"outputs": row.shape[0]} if config.preserve == "kfac" else {})
-        wide = next((what for what, width in widths.items() if width > MAX_WIDTH), None)
-        if row.key in INPUTS and wide:
-            raise UserError(
-                f"preserve: {name} has {wide} of width {widths[wide]}; {config.preserve} handles at most "
-                f"{MAX_WIDTH}; tune a narrower matrix, or use "
-                + ("preserve=soft" if wide == "outputs" else "preserve=none or preserve_kl")
-            )
     if all(locate_tensor(spec, name)[0].key not in INPUTS for name in site):
         raise UserError("preserve: the site holds no matrix; use another rewrite_module, or preserve=none")
 
 
-def lambda_of(moment: np.ndarray, strength: float) -> float:
+def lambda_of(moment: np.ndarray | Leading, strength: float) -> float:
     """Mean eigenvalue / strength."""
+    if isinstance(moment, Leading):
+        return moment.trace / len(moment.vectors) / strength
     return float(np.trace(moment, dtype=np.float64)) / len(moment) / strength
 
 
-def input_matrix(moment: np.ndarray, method: str, strength: float) -> np.ndarray:
+def input_matrix(moment: np.ndarray | Leading, method: str, strength: float) -> np.ndarray | LowRank:
     """P of C, or of G, of one shape, float32 (module docstring); computed in float64."""
+    if isinstance(moment, Leading):
+        return low_rank(moment, method, strength)
     c = np.asarray(moment, np.float64)
     if method != "null":  # an inverse, which takes a tenth of the time of an eigh
         scale = lambda_of(c, strength)
@@ -96,11 +92,27 @@ def input_matrix(moment: np.ndarray, method: str, strength: float) -> np.ndarray
     return (kept @ kept.T).astype(np.float32)
 
 
+def low_rank(moment: Leading, method: str, strength: float) -> LowRank:
+    """`input_matrix` of what is known of a wide moment: `null` takes out all that is known where it holds
+    less than the share `strength` of the trace."""
+    values = moment.values
+    if method != "null":
+        damp = values / (values + (lambda_of(moment, strength) or 1))
+    else:
+        damp = (np.cumsum(values) - values < strength * moment.trace).astype(np.float64)
+    return LowRank(moment.vectors, damp.astype(np.float32))
+
+
 def side_shardings(mesh: Mesh, spec: ModelSpec, name: str) -> tuple[NamedSharding, NamedSharding]:
     """Where P_in and P_out of a tensor lie: columns, and rows, as its own, so that updates keep their
-    sharding."""
-    rows, columns, *_ = *tensor_spec(mesh, spec, locate_tensor(spec, name)[0], False), None, None
-    return NamedSharding(mesh, P(None, columns)), NamedSharding(mesh, P(rows, None))
+    sharding; of a `LowRank` its basis, by its rows."""
+    row, _ = locate_tensor(spec, name)
+    rows, columns, *_ = *tensor_spec(mesh, spec, row, False), None, None
+    out, inner = row.shape
+    return (
+        NamedSharding(mesh, P(columns, None) if inner > moments.EXACT else P(None, columns)),
+        NamedSharding(mesh, P(rows, None)),
+    )
 
 
 def make_preserve(
@@ -117,12 +129,16 @@ def make_preserve(
     outer: Moments = {}
     if config.preserve == "kfac":
         outer = gradient_moments(spec, model.weights, site, ids, mesh, config.row_length, config.seed, base)
-    made: dict[int, np.ndarray] = {}
+    whole = lambda m: m if isinstance(m, Leading) else fetch(m)  # noqa: E731
+    made: dict[int, np.ndarray | LowRank] = {}
 
-    def matrix(moment: jax.Array, sharding: NamedSharding) -> jax.Array:
+    def matrix(moment: Moment, sharding: NamedSharding) -> Side:
         if id(moment) not in made:
-            made[id(moment)] = input_matrix(fetch(moment), config.preserve, strength)
-        return place(made[id(moment)], sharding)
+            made[id(moment)] = input_matrix(whole(moment), config.preserve, strength)
+        p = made[id(moment)]
+        if isinstance(p, LowRank):
+            return LowRank(place(p.basis, sharding), place(p.damp, replicated(mesh)))
+        return place(p, sharding)
 
     placed: dict[str, Sides] = {}
     lambdas: Lambdas = {}
@@ -131,5 +147,5 @@ def make_preserve(
         placed[name] = matrix(moment, columns), matrix(outer[name], rows) if outer else None
         if config.preserve != "null":
             sides = {"inputs": moment} | ({"outputs": outer[name]} if outer else {})
-            lambdas[name] = {side: lambda_of(fetch(m), strength) for side, m in sides.items()}
+            lambdas[name] = {side: lambda_of(whole(m), strength) for side, m in sides.items()}
     return placed, lambdas

@@ -19,7 +19,18 @@ from locft_jax.model import decoder
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Edits, Weights, take_tensor
 
-Sides = tuple[jax.Array, jax.Array | None]  # P_in [in, in], P_out [out, out]
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """The symmetric matrix I - basis diag(damp) basis^T [n, n], basis orthonormal."""
+
+    basis: Any  # [n, k] float32
+    damp: Any  # [k] float32
+
+
+Side = jax.Array | LowRank
+Sides = tuple[Side, Side | None]  # P_in [in, in], P_out [out, out]
 
 
 @jax.tree_util.register_dataclass
@@ -61,12 +72,17 @@ def precondition(preserve: Mapping[str, Sides]) -> optax.GradientTransformation:
     others stay as they are. No state; with nothing in `preserve` no operation."""
     product = functools.partial(jnp.einsum, "ab,bc->ac", precision=jax.lax.Precision.HIGHEST)
 
+    def times(u: jax.Array, p: Side) -> jax.Array:
+        if isinstance(p, LowRank):
+            return u - product(product(u, p.basis) * p.damp, p.basis.T)
+        return product(u, p)
+
     def update(updates: Theta, params: Theta | None = None) -> Theta:
         found = dict(updates)
         for name in updates.keys() & preserve.keys():
             inner, outer = preserve[name]
-            found[name] = product(found[name], inner)
-            found[name] = found[name] if outer is None else product(outer, found[name])
+            found[name] = times(found[name], inner)
+            found[name] = found[name] if outer is None else times(found[name].T, outer).T
         return found
 
     return optax.stateless(update)

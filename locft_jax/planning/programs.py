@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from locft_jax.data.tokens import (
     Batch,
@@ -23,12 +23,12 @@ from locft_jax.data.tokens import (
     pack,
 )
 from locft_jax.editing.keep import TEXTS, TOP
-from locft_jax.editing.moments import matrices_of
+from locft_jax.editing.moments import EXACT, RANK, matrices_of
 from locft_jax.editing.pipeline import batch_shardings, run_shape
 from locft_jax.editing.prefix import choose_mode, prefix_pass
 from locft_jax.editing.preserve import side_shardings
 from locft_jax.editing.run import schedule_of
-from locft_jax.editing.step import EditState, Hyper, Kept, Sides, init_state, train_step
+from locft_jax.editing.step import EditState, Hyper, Kept, LowRank, Sides, init_state, train_step
 from locft_jax.evaluation.answers import packed
 from locft_jax.evaluation.generate import MOST, Reader, decode, pool_like, read_batch
 from locft_jax.evaluation.metrics import NEW_TOKENS
@@ -133,10 +133,16 @@ def sides(case: Case, mesh: Mesh) -> dict[str, Sides]:
             locate_tensor(case.spec, name)[0].shape,
             side_shardings(mesh, case.spec, name),
         )
-        other: Any = shaped((out, out), np.float32, rows) if case.config.preserve == "kfac" else None
-        own: Any = shaped((width, width), np.float32, columns)
-        made[name] = own, other
+        other = side(out, rows, mesh) if case.config.preserve == "kfac" else None
+        made[name] = side(width, columns, mesh), other
     return made
+
+
+def side(width: int, sharding: NamedSharding, mesh: Mesh) -> Any:
+    """P of inputs, or outputs, of this width."""
+    if width <= EXACT:
+        return shaped((width, width), np.float32, sharding)
+    return LowRank(shaped((width, RANK), np.float32, sharding), shaped((RANK,), np.float32, replicated(mesh)))
 
 
 def kept(case: Case, mesh: Mesh, start: int, mode: str) -> Kept | None:
