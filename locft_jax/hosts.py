@@ -131,6 +131,8 @@ def connect(place: Mapping[str, Any]) -> None:
         except (OSError, OverflowError) as e:  # jax would crash
             raise UserError(f"--coordinator: port {port} of this host cannot be used ({e})") from None
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Programs in flight together run in any order on a CPU, whose processes would wait for each other.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours (editing/checkpoint.py)
     try:
         jax.distributed.initialize(
