@@ -12,10 +12,12 @@ from hypothesis import settings
 
 # Before anything imports jax or a Hugging Face library: they read these once.
 HF_HOME = tempfile.TemporaryDirectory(prefix="locft-jax-hf-")  # a user's own cache must not help a test
+CACHE = tempfile.TemporaryDirectory(prefix="locft-jax-cache-")
 os.environ.update(
     JAX_PLATFORMS="cpu",
     XLA_FLAGS=os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8",
     HF_HOME=HF_HOME.name,
+    XDG_CACHE_HOME=CACHE.name,
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",

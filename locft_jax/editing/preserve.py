@@ -13,7 +13,7 @@ Of inputs and outputs too wide for a matrix (editing/moments.py) the leading eig
 and P is the identity on all that is orthogonal to them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from locft_jax.config import Config
+from locft_jax.data.records import digest
 from locft_jax.editing import moments
+from locft_jax.editing.checkpoint import base_digest
 from locft_jax.editing.moments import INPUTS, Leading, Moment, Moments, gradient_moments, second_moments
+from locft_jax.editing.moments_cache import remembered
 from locft_jax.editing.retained import preserves, source_of
 from locft_jax.editing.step import LowRank, Side, Sides
 from locft_jax.errors import UserError
@@ -30,6 +33,7 @@ from locft_jax.model.hf import Model
 from locft_jax.model.sharding import fetch, place, replicated, tensor_spec
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import locate_tensor
+from locft_jax.versions import versions
 
 DEFAULT_STRENGTH = {"soft": 10.0, "null": 0.9, "kfac": 10.0}
 
@@ -115,6 +119,33 @@ def side_shardings(mesh: Mesh, spec: ModelSpec, name: str) -> tuple[NamedShardin
     )
 
 
+def kept(
+    model: Model,
+    site: Sequence[str],
+    ids: Sequence[Sequence[int]],
+    config: Config,
+    side: str,
+    compute: Callable[[], Moments],
+) -> Moments:
+    """What `compute` gives, from the disk where it was computed before. Moments of a model that carries edits
+    are not kept."""
+    if model.edits:
+        return compute()
+    key = {
+        "side": side,
+        "model": base_digest(model.checkpoint, site),
+        "weights": config.weights if model.int8 else str(model.dtype),
+        "site": list(site),
+        "texts": digest(ids),
+        "seed": config.seed if side == "outputs" else None,
+        "mesh": dict(model.mesh.shape),
+        "row_length": config.row_length,
+        "rank": [moments.EXACT, moments.RANK, moments.PASSES],
+        "versions": versions(),
+    }
+    return remembered(key, compute)
+
+
 def make_preserve(
     model: Model, site: Sequence[str], config: Config, ids: Sequence[Sequence[int]]
 ) -> tuple[dict[str, Sides], Lambdas]:
@@ -124,11 +155,14 @@ def make_preserve(
     strength = strength_of(config)
     if config.preserve == "none" or strength is None:
         return {}, {}
-    spec, mesh, base = model.spec, model.mesh, model.edits
-    inner = second_moments(spec, model.weights, site, ids, mesh, config.row_length, base)
+    spec, mesh = model.spec, model.mesh
+    given = (spec, model.weights, site, ids, mesh, config.row_length)
+    inner = kept(model, site, ids, config, "inputs", lambda: second_moments(*given, model.edits))
     outer: Moments = {}
     if config.preserve == "kfac":
-        outer = gradient_moments(spec, model.weights, site, ids, mesh, config.row_length, config.seed, base)
+        outer = kept(
+            model, site, ids, config, "outputs", lambda: gradient_moments(*given, config.seed, model.edits)
+        )
     whole = lambda m: m if isinstance(m, Leading) else fetch(m)  # noqa: E731
     made: dict[int, np.ndarray | LowRank] = {}
 

@@ -14,7 +14,7 @@ from locft_jax.commands import run_command
 from locft_jax.data.requests import requests_from_records
 from locft_jax.edit import main as edit
 from locft_jax.editing import moments as moments_module
-from locft_jax.editing import pipeline
+from locft_jax.editing import pipeline, preserve
 from locft_jax.editing.moments import Leading, gradient_moments, layer_inputs, second_moments
 from locft_jax.editing.preserve import input_matrix, lambda_of, low_rank
 from locft_jax.editing.retained import retained_texts, sample_model, template_texts
@@ -171,6 +171,52 @@ def test_five_steps_equal_plain_numpy():
     np.testing.assert_allclose(theta["both"], both, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(theta["w"], want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(theta["norm"], 1 - 0.1 * count, rtol=1e-5)  # a tensor without a P
+
+
+def test_moments_are_computed_once(tiny_model_dir, texts, tmp_path, monkeypatch):
+    """Of one model, site and texts, on one mesh; anything else is computed, and so is what was damaged."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, made = load_model(str(tiny_model_dir), mesh=ONE), []
+    for compute in (second_moments, gradient_moments):
+        name = compute.__name__
+        monkeypatch.setattr(preserve, name, lambda *a, f=compute, n=name: made.append(n) or f(*a))
+    config = Config(preserve="kfac", row_length=32)
+
+    def once(site=SITE, ids=texts[:20], config=config, model=model):
+        made.clear()
+        return *preserve.make_preserve(model, site, config, ids), list(made)
+
+    first, lambdas, computed = once()
+    assert computed == ["second_moments", "gradient_moments"]
+    again, same, computed = once()
+    assert not computed and same == lambdas
+    for name, sides in first.items():
+        for one, other in zip(sides, again[name], strict=True):
+            assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+    assert not once(config=Config(preserve="soft", preserve_strength=3, row_length=32))[2]
+    assert once(ids=texts[:19])[2] and once(site=SITE[:1])[2]
+    assert once(config=Config(preserve="kfac", seed=1, row_length=32))[2] == ["gradient_moments"]
+    assert once(model=load_model(str(tiny_model_dir), mesh={"data": 2, "model": 4}))[2]
+    edited = model.with_edits({SITE[0]: np.zeros(model.checkpoint.tensors[SITE[0]].shape, np.float32)})
+    assert once(model=edited)[2] and once(model=edited)[2]
+    for file in (tmp_path / "locft_jax" / "moments").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    assert once()[2] and not once()[2]
+
+
+def test_wide_moments_are_kept_too(model, texts, narrow, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = [preserve.make_preserve(model, SITE, Config(preserve="soft"), texts[:20]) for _ in range(2)]
+    assert len(list((tmp_path / "locft_jax" / "moments").iterdir())) == 1 and found[0][1] == found[1][1]
+    for one, other in zip(*(jax.tree.leaves(f[0]) for f in found), strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(model, texts, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert preserve.make_preserve(model, SITE[:1], Config(preserve="soft"), texts[:5])[0]
+    assert "could not be kept" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- too wide for a matrix
