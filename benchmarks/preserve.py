@@ -29,6 +29,7 @@ FIGURES = ("reliability", "generalization", "lost", "capability", "steps", "seco
 KEPT = "KEPT"  # stands for the file of facts that may be retained
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {"lr": 1.5e-3},
+    "plain-slow": {"lr": 7e-4},
     # Sources that show no retained fact, but those that the model says by itself.
     "soft-templates": {
         "lr": 2.5e-3,
