@@ -1,6 +1,9 @@
 """Second moments at a matrix over retained texts: of its inputs, C = E[x x^T], and of the gradients at its
 outputs, G = E[g g^T], where g is that of the log-likelihood of labels that the model itself draws.
 
+A text's first token is left out: whatever it is, its inputs are nearly the same, and may be so large (an
+attention sink) that they alone would make up the trace, by which strengths are measured.
+
 Exact up to a width of EXACT. Of wider ones the leading eigenvectors, by randomized subspace iteration (Halko,
 Martinsson, Tropp 2011) in PASSES passes over the texts: a [width, width] matrix is never made."""
 
@@ -91,6 +94,11 @@ def _walk(
     return x, found
 
 
+def _counts(batch: Batch) -> jax.Array:
+    """Which tokens count [B, T] bool."""
+    return (batch.rows.segments > 0) & (batch.rows.positions > 0)
+
+
 def _squares(x: jax.Array, used: jax.Array, basis: jax.Array | None) -> jax.Array | dict[str, jax.Array]:
     """Sum of x x^T over the used [B, T] vectors of x [B, T, D]: [D, D] float32. With a `basis` [D, k] only
     its product with it, and its trace."""
@@ -115,7 +123,7 @@ def _input_sums(
     INPUTS)."""
     x = decoder.embed(spec, weights, edits, tokens[batch.index])
     _, found = _walk(spec, weights, edits, x, batch.rows, sorted({l for l, _ in wanted}))
-    return {at: _squares(found[at], batch.rows.segments > 0, bases.get(at)) for at in wanted}
+    return {at: _squares(found[at], _counts(batch), bases.get(at)) for at in wanted}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -131,7 +139,7 @@ def _output_sums(
 ) -> dict[Place, Any]:
     """Sums of g g^T over a batch's tokens as in `_squares`, for the wanted outputs (layer, key of INPUTS). A
     token's label is drawn from what the model expects after it, by its place in the corpus."""
-    used = batch.rows.segments > 0
+    used = _counts(batch)
     layers = sorted({l for l, _ in wanted})
 
     def likelihood(nudges: dict[Place, jax.Array]) -> jax.Array:
@@ -157,8 +165,8 @@ def _means(
     row_length: int,
     most_rows: int,
 ) -> dict[Place, Any]:
-    """`sums` (of the corpus's tokens, and a batch of it) added up over texts (token ids), a token's share.
-    Streams over the texts once."""
+    """`sums` (of the corpus's tokens, and a batch of it) added up over texts (token ids), the share of
+    a token that counts. Streams over the texts once."""
     # A batch does not read a text's last token, so each gets one more.
     corpus = corpus_from_lists([[*ids, ids[-1]] for ids in texts], [len(ids) for ids in texts])
     length, rows = even_rows(corpus, row_length, most_rows, mesh.shape["data"])
@@ -172,7 +180,8 @@ def _means(
         own = sums(tokens, place_batch(batch, mesh))
         total = own if total is None else jax.tree.map(jnp.add, total, own)
     assert total is not None, "a corpus is never empty"
-    return jax.tree.map(lambda value: value / sum(map(len, texts)), total)
+    count = max(1, sum(map(len, texts)) - len(texts))
+    return jax.tree.map(lambda value: value / count, total)
 
 
 def _moments(
