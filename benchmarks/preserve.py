@@ -28,25 +28,21 @@ from locft_jax.demo.world import Fact, World, make_edits, make_world, prompts
 FIGURES = ("reliability", "generalization", "lost", "capability", "steps", "seconds")
 KEPT = "KEPT"  # stands for the file of facts that may be retained
 METHODS: dict[str, dict[str, Any]] = {
-    "plain": {"lr": 1.5e-3},
     "plain-slow": {"lr": 7e-4},
+    "plain": {"lr": 1e-3},
+    "plain-fast": {"lr": 2e-3},
     # Sources that show no retained fact, but those that the model says by itself.
-    "soft-templates": {
-        "lr": 2.5e-3,
-        "preserve": "soft",
-        "preserve_strength": 30.0,
-        "preserve_data": "templates",
-    },
-    "soft-model": {"lr": 3e-3, "preserve": "soft", "preserve_data": "model"},
-    "kl-model": {"lr": 4e-3, "preserve_kl": 1.0, "preserve_data": "model"},
-    "soft-kl-model": {"lr": 4e-3, "preserve": "soft", "preserve_kl": 1.0, "preserve_data": "model"},
+    "soft-templates": {"lr": 2e-3, "preserve": "soft", "preserve_data": "templates"},
+    "soft-model": {"lr": 2e-3, "preserve": "soft", "preserve_data": "model"},
+    "kl-model": {"lr": 2e-3, "preserve_kl": 0.5, "preserve_data": "model"},
+    "soft-kl-model": {"lr": 2e-3, "preserve": "soft", "preserve_kl": 0.3, "preserve_data": "model"},
     # Other facts than those asked.
-    "soft-facts": {"lr": 2e-3, "preserve": "soft", "preserve_strength": 30.0, "preserve_data": KEPT},
-    "null-facts": {"lr": 1.5e-3, "preserve": "null", "preserve_strength": 0.99, "preserve_data": KEPT},
-    "kfac-facts": {"lr": 3e-3, "preserve": "kfac", "preserve_strength": 1.0, "preserve_data": KEPT},
-    "kl-facts": {"lr": 3e-3, "preserve_kl": 5.0, "preserve_data": KEPT},
+    "soft-facts": {"lr": 2e-3, "preserve": "soft", "preserve_strength": 100.0, "preserve_data": KEPT},
+    "null-facts": {"lr": 1e-3, "preserve": "null", "preserve_data": KEPT},
+    "kfac-facts": {"lr": 2e-3, "preserve": "kfac", "preserve_data": KEPT},
+    "kl-facts": {"lr": 2e-3, "preserve_kl": 0.3, "preserve_data": KEPT},
 }
-SAME = {"layer": 6, "batch_size": 200, "num_steps": 250, "loss_average": "token", "loss_floor": 3e-3,
+SAME = {"layer": 6, "batch_size": 200, "num_steps": 600, "loss_average": "token", "loss_floor": 3e-3,
         "evaluate": False}  # fmt: skip
 
 
