@@ -6,6 +6,7 @@ import pytest
 
 from locft_jax import UserError
 from locft_jax.config import DEMO_FOLDER
+from locft_jax.sweeping.frontier import method_of
 from locft_jax.sweeping.grid import read_sweep
 from locft_jax.sweeping.table import grouped, label
 
@@ -99,3 +100,11 @@ def test_the_files_of_the_paper_are_sweeps_of_its_model_and_of_the_demo(path):
 
 def test_there_are_files_of_the_paper():
     assert len(FILES) >= 6
+
+
+def test_the_other_sweep_is_one_of_the_demo_with_a_frontier():
+    (path,) = (FILES[0].parents[1] / "sweeps").glob("*.yaml")
+    runs = read_sweep(path)
+    assert all(run.config.model_name_or_path == str(DEMO_FOLDER / "model") for run in runs)
+    methods = {method_of(run.settings) for run in runs}
+    assert methods == {"plain", "soft", "null", "kfac", "KL", "soft + KL"}
