@@ -1,11 +1,11 @@
 """What preserving edits cost and keep: demo edits with plain LocFT-BF and with every way to preserve.
 
-    python benchmarks/preserve.py [--seeds 0 1 2 3 4] [--methods plain kl-facts ...]
+    python benchmarks/preserve.py [--seeds 1 2 3 4 5] [--methods plain kl-facts ...]
         [--sequential] [--small]
 
 Every seed is another sample of facts to edit. Half of all other facts may be retained; `lost` is the
 share of answers about the other half (a sample of the probes) that are no longer right. METHODS were tuned on
-seed 9. `--sequential`: 10 batches of 50 edits, each edited into the model that the one before left.
+seeds 0 and 9. `--sequential`: 10 batches of 50 edits, each edited into the model that the one before left.
 
 Prints each method's figures, their mean and spread (standard deviation), and one JSON line last.
 """
@@ -28,21 +28,25 @@ from locft_jax.demo.world import Fact, World, make_edits, make_world, prompts
 FIGURES = ("reliability", "generalization", "lost", "capability", "steps", "seconds")
 KEPT = "KEPT"  # stands for the file of facts that may be retained
 METHODS: dict[str, dict[str, Any]] = {
-    "plain-slow": {"lr": 7e-4},
-    "plain": {"lr": 1e-3},
-    "plain-fast": {"lr": 2e-3},
+    "plain-slow": {"lr": 1e-3},
+    "plain": {"lr": 1.5e-3},
     # Sources that show no retained fact, but those that the model says by itself.
-    "soft-templates": {"lr": 2e-3, "preserve": "soft", "preserve_data": "templates"},
     "soft-model": {"lr": 2e-3, "preserve": "soft", "preserve_data": "model"},
-    "kl-model": {"lr": 2e-3, "preserve_kl": 0.5, "preserve_data": "model"},
-    "soft-kl-model": {"lr": 2e-3, "preserve": "soft", "preserve_kl": 0.3, "preserve_data": "model"},
+    "kl-model": {"lr": 2e-3, "preserve_kl": 0.1, "preserve_data": "model"},
+    "soft-kl-model": {"lr": 3e-3, "preserve": "soft", "preserve_kl": 0.1, "preserve_data": "model"},
+    "soft-templates": {"lr": 2e-3, "preserve": "soft", "preserve_data": "templates"},
     # Other facts than those asked.
     "soft-facts": {"lr": 2e-3, "preserve": "soft", "preserve_strength": 100.0, "preserve_data": KEPT},
-    "null-facts": {"lr": 1e-3, "preserve": "null", "preserve_data": KEPT},
-    "kfac-facts": {"lr": 2e-3, "preserve": "kfac", "preserve_data": KEPT},
-    "kl-facts": {"lr": 2e-3, "preserve_kl": 0.3, "preserve_data": KEPT},
+    "kl-facts": {"lr": 2e-3, "preserve_kl": 0.1, "preserve_data": KEPT},
+    "soft-kl-facts": {
+        "lr": 3e-3,
+        "preserve": "soft",
+        "preserve_strength": 30.0,
+        "preserve_kl": 0.1,
+        "preserve_data": KEPT,
+    },
 }
-SAME = {"layer": 6, "batch_size": 200, "num_steps": 600, "loss_average": "token", "loss_floor": 3e-3,
+SAME = {"layer": 6, "batch_size": 200, "num_steps": 400, "loss_average": "token", "loss_floor": 3e-3,
         "evaluate": False}  # fmt: skip
 
 
@@ -92,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="NAME")
     parser.add_argument("--probes", type=int, default=1500, help="about facts that are not edited")
     parser.add_argument("--sequential", action="store_true", help="10 batches of 50 edits")
