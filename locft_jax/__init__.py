@@ -12,7 +12,8 @@ model/         spec.py   weights.py (the weight table)   quantize.py (int8 froze
                hf.py (load, save)
                delta.py (edited tensors, new and old)   combine.py (merge, compose, measure deltas)
 editing/       site.py   step.py   prefix.py   pipeline.py
-               retained.py (other texts, to be left alone)   moments.py   preserve.py   keep.py
+               retained.py (other texts, to be left alone)   moments.py   moments_cache.py   preserve.py
+               keep.py
                checkpoint.py (stop and resume)
                run.py (one edit)
 evaluation/    generate.py   answers.py   metrics.py   run.py   report.py
@@ -23,7 +24,7 @@ export.py      orbax, and where results may go
 api.py         load_model, edit, evaluate: the commands as functions
 locating/      places.py (which sites)   rule.py (which is best)   measure.py (edit and ask at each)
                table.py   figure.py   compiled.py
-sweeping/      grid.py (sweep file -> runs)   table.py   figure.py
+sweeping/      grid.py (sweep file -> runs)   table.py   figure.py   frontier.py (what preserves best)
 edit.py  evaluate.py  locate.py  sweep.py  plan.py  delta.py  ask.py   `python -m locft_jax.NAME`
 demo/          a small world of facts, its generator, and the small model that knows them
 

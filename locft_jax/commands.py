@@ -44,7 +44,7 @@ def _status(main: Callable[[list[str] | None], None], argv: list[str] | None) ->
     try:
         main(argv)
     except UserError as e:
-        return _tell(f"error: {e}", 2)
+        return _tell(f"error: {e}", 2, own=not isinstance(e, hosts.Agreed))
     except FloatingPointError as e:
         return _tell(f"failed: {e}", 1)
     except (OSError, MemoryError) as e:

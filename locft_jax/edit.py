@@ -5,6 +5,7 @@ interrupted; `--continue-from` adds new edits to those of a finished run.
 """
 
 import argparse
+import hashlib
 import shlex
 import shutil
 import sys
@@ -21,7 +22,7 @@ from locft_jax.data.requests import read_requests
 from locft_jax.data.streaming import extend, read_earlier, streaming_report, to_record
 from locft_jax.editing.checkpoint import describe_run, finished, guarded, open_run
 from locft_jax.editing.preserve import check_preserve
-from locft_jax.editing.retained import retained_texts
+from locft_jax.editing.retained import check_retained, retained_texts
 from locft_jax.editing.run import check_fit, choose_site, encode_requests, last_delta
 from locft_jax.errors import UserError
 from locft_jax.evaluation.metrics import make_probes
@@ -66,6 +67,7 @@ def carry_out(args: argparse.Namespace) -> None:
     site = choose_site(checkpoint.spec, config)
     check_preserve(checkpoint.spec, site, config)
     retained = retained_texts(config, data.requests)
+    check_retained(tokenizer, checkpoint.spec, config, retained)
     corpus = encode_requests(tokenizer, data.requests, config, checkpoint.spec)
     if config.evaluate:
         probes = make_probes(data.requests, config.eval_sample, config.seed, config.augment_rephrases)
@@ -76,11 +78,11 @@ def carry_out(args: argparse.Namespace) -> None:
     start = last_delta(earlier.folder, checkpoint, site) if earlier and args.start_from == "last" else None
     run = describe_run(config, data, capability, checkpoint, site, mesh, start, retained)
     over = first and args.resume and finished(out, run, store)
-    hosts.agree(run)
+    hosts.agree(run | {"tokens": hashlib.sha256(corpus.tokens.tobytes()).hexdigest()})
     if hosts.from_first(over):
         return console.print(plain(f"{store or out}/ holds this run, finished: nothing to resume"))
     checkpoints = open_run(out, config.checkpoint_every, run, args.resume)
-    hosts.agree()
+    hosts.agree(last=True)
     for note in notes:
         say(note)
     console.print(f"{len(data.requests)} edits, {len(site)} tensor(s) from {site[0]} on")

@@ -53,7 +53,7 @@ def carry_out(args: argparse.Namespace) -> None:
     itemsize = frozen_dtype(checkpoint, config.weights).itemsize
     check_memory(checkpoint.spec, mesh, itemsize, int8=config.weights == "int8")
     if hosts.several():
-        hosts.agree(describe_run(config, data, capability, checkpoint, (), mesh, delta))
+        hosts.agree(describe_run(config, data, capability, checkpoint, (), mesh, delta), last=True)
 
     model = load_opened(checkpoint, tokenizer, mesh, config.weights)
     model = model.with_edits(delta.new) if delta else model

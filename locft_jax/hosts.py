@@ -34,6 +34,9 @@ LOST = (
 SIGNS = ("Gloo", "NCCL", "coordination service", "heartbeat", "Connection", "UNAVAILABLE", "DEADLINE")
 
 
+_checking = True  # the others wait in `agree` for a process that meets wrong input
+
+
 class Agreed(UserError):
     """Wrong input in one process, told to all."""
 
@@ -115,8 +118,10 @@ def joined(args: argparse.Namespace, program: bool) -> Iterator[None]:
         except Agreed:
             raise
         except UserError as e:
-            _exchange({}, str(e))  # where `agree` is in the others
-    except UserError:
+            if _checking:
+                _exchange({}, str(e))  # where `agree` is in the others
+            raise
+    except Agreed:
         leave()
         raise
     leave()
@@ -255,11 +260,14 @@ def least(*numbers: float) -> tuple[float, ...]:
     return tuple(map(min, zip(*map(json.loads, gather(json.dumps(numbers))), strict=True)))
 
 
-def agree(given: Mapping[str, Any] | None = None) -> None:
-    """The end of a round of checks: go on together, or raise the UserError that any process has met. Inputs
-    (of JSON types) that are not the same in all of them are one too."""
+def agree(given: Mapping[str, Any] | None = None, last: bool = False) -> None:
+    """The end of a round of checks, of the `last` one before the work itself: go on together, or raise the
+    UserError that any process has met. Inputs (of JSON types) that are not the same in all of them are one
+    too."""
+    global _checking
     if several():
         _exchange(given or {}, None)
+    _checking = not last
 
 
 def _exchange(given: Mapping[str, Any], wrong: str | None) -> None:
@@ -270,7 +278,12 @@ def _exchange(given: Mapping[str, Any], wrong: str | None) -> None:
             raise Agreed(message if not number else f"process {number}: {message}")
     for number, (_, other) in enumerate(said):
         own = said[0][1]
-        differ = [f"{k}: {str(own[k])[:80]} / {str(other[k])[:80]}" for k in own if own[k] != other[k]]
+        keys = dict.fromkeys([*own, *other])
+        differ = [
+            f"{k}: {str(own.get(k))[:80]} / {str(other.get(k))[:80]}"
+            for k in keys
+            if own.get(k) != other.get(k)
+        ]
         if differ:
             lines = "\n  ".join(differ)
             raise Agreed(f"processes 0 and {number} were not given the same:\n  {lines}")

@@ -24,7 +24,7 @@ from locft_jax.data.tokens import Corpus
 from locft_jax.editing.augment import written_prefixes
 from locft_jax.editing.checkpoint import describe_run
 from locft_jax.editing.preserve import check_preserve
-from locft_jax.editing.retained import retained_texts
+from locft_jax.editing.retained import check_retained, retained_texts
 from locft_jax.editing.run import check_fit, encode_requests
 from locft_jax.errors import UserError
 from locft_jax.evaluation.metrics import make_probes
@@ -68,6 +68,7 @@ def carry_out(args: argparse.Namespace) -> None:
     tokenizer, mesh = load_tokenizer(checkpoint), make_mesh(config.mesh)
     plan = make_plan(checkpoint.spec, args.modules, args.layers, args.strategy, args.from_sibling)
     retained = retained_texts(config, data.requests)
+    check_retained(tokenizer, checkpoint.spec, config, retained)
     corpus = encode_requests(tokenizer, data.requests, config, checkpoint.spec)
     probes = make_probes(data.requests, config.eval_sample, config.seed, config.augment_rephrases)
     check_probes(tokenizer, checkpoint.spec, probes, capability, config.chat_template)

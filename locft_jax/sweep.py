@@ -26,7 +26,7 @@ from locft_jax.data.requests import EditData, read_requests
 from locft_jax.editing.checkpoint import describe_run, resumable
 from locft_jax.editing.pipeline import NonFiniteLoss
 from locft_jax.editing.preserve import check_preserve
-from locft_jax.editing.retained import retained_texts
+from locft_jax.editing.retained import check_retained, retained_texts
 from locft_jax.editing.run import check_fit, choose_site, encode_requests
 from locft_jax.errors import UserError
 from locft_jax.evaluation.metrics import make_probes
@@ -77,11 +77,11 @@ def carry_out(args: argparse.Namespace) -> None:
     known = {job.run.name: job.digest for job in jobs}
     folder = out / "checkpoint"
     over = first and args.resume and finished(out, known)
-    hosts.agree(known)
+    hosts.agree({"runs": list(known), **known})
     if hosts.from_first(over):
         return console.print(plain(f"{out}/ holds this sweep, finished: nothing to resume"))
     lines = open_lines(folder, known, args.resume) if first else {}
-    hosts.agree()
+    hosts.agree(last=True)
     lines = hosts.from_first(lines)
     for note in dict.fromkeys(note for job in jobs for note in job.notes):
         say(note)
@@ -139,6 +139,7 @@ def looker() -> Callable[[Run], Job]:
         site = choose_site(checkpoint.spec, config)
         check_preserve(checkpoint.spec, site, config)
         retained = retained_texts(config, data.requests)
+        check_retained(tokenizer, checkpoint.spec, config, retained)
         corpus = encode_requests(tokenizer, data.requests, config, checkpoint.spec)
         probes = make_probes(data.requests, config.eval_sample, config.seed, config.augment_rephrases)
         check_probes(tokenizer, checkpoint.spec, probes, capability, config.chat_template)

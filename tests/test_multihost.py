@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -328,11 +329,14 @@ def test_a_dead_process_ends_the_other(folder, edit_arguments, how):
             assert all(p.poll() is None for p in run.processes), [run.said(i) for i in range(2)]
             time.sleep(0.2)
         begin = time.monotonic()
-        os.kill(run.child(1), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+        child = run.child(1)
+        os.kill(child, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
         assert run.processes[0].wait(WITHIN) == 1
         assert time.monotonic() - begin < 60  # what users are promised, not a measure of this machine
     finally:
         run.wait(5) if how == "killed" else [p.kill() for p in run.processes]
+        with suppress(OSError, NameError):
+            os.kill(child, signal.SIGKILL)  # stopped, it does not notice its supervisor's end
     message = run.said(0)[1]
     assert f"failed: {hosts.LOST}" in message and "Traceback" not in message, message
     if how == "killed":
@@ -446,6 +450,9 @@ def test_inputs_that_differ_are_named(monkeypatch):
     monkeypatch.setattr(hosts, "several", lambda: True)
     monkeypatch.setattr(hosts, "gather", lambda text: [json.dumps([None, g]) for g in given])
     with pytest.raises(hosts.Agreed, match=r"processes 0 and 2 were not given the same:\n  lr: 1 / 2$"):
+        hosts.agree(given[0])
+    given[2] = {"lr": 1, "seed": 0, "more": 1}
+    with pytest.raises(hosts.Agreed, match=r"the same:\n  more: None / 1$"):
         hosts.agree(given[0])
     given.pop()
     hosts.agree(given[0])

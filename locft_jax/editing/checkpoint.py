@@ -49,6 +49,7 @@ from locft_jax.versions import versions
 FREE_KEYS = ("model_name_or_path", "data_path", "save_model_dir", "capability_data", "device",
              "memory_budget", "checkpoint_every", "export")  # fmt: skip
 KEPT = 2  # checkpoints at a time
+TOGETHER = 4  # steps after which several processes ask each other whether to save or to stop
 
 
 class Interrupted(KeyboardInterrupt):
@@ -63,7 +64,7 @@ class Checkpoints:
         minutes = every.endswith("m")
         self.seconds = 60 * float(every[:-1]) if minutes else float("inf")
         self.steps = sys.maxsize if minutes else int(every)
-        self.asked = self.stop = False  # this process was asked to stop; all of them do
+        self.asked = self.stop = self.stopped = False  # this process was asked to stop; all of them do; have
         self.looping = self.closed = self.warned = False
         self.resumed: list[int] = []  # the steps at which the run was taken up again
         self.spent = 0.0  # seconds of the loop in earlier processes
@@ -125,9 +126,14 @@ class Checkpoints:
 
     def due(self, step: int) -> bool:
         """Whether the state after `step` steps is to be saved."""
-        late = time.monotonic() - self.saved_at >= self.seconds
-        self.stop, late = hosts.any_of(self.asked, late)
-        return self.stop or step % self.steps == 0 or late
+        late = step % self.steps == 0 or time.monotonic() - self.saved_at >= self.seconds
+        if not hosts.several():
+            self.stop = self.asked
+        elif step % self.steps and step % TOGETHER:
+            return False
+        else:  # it waits for the step
+            self.stop, late = hosts.any_of(self.asked, late)
+        return self.stop or late
 
     def save(self, state: EditState, records: Sequence[StepRecord]) -> None:
         """Save the state after these steps: copied to the host before this returns, written meanwhile.
@@ -141,7 +147,7 @@ class Checkpoints:
             self._write(list(map(fetch, leaves)) if hosts.several() else leaves, records)
         self.saved_at = time.monotonic()
         if self.stop:
-            self.looping = False
+            self.looping, self.stopped = False, True
             raise Interrupted
 
     def _write(self, leaves: Sequence[Any], records: Sequence[StepRecord]) -> None:
@@ -272,6 +278,7 @@ def describe_run(
         "data_sha256": data.sha256,
         "capability": digest([dataclasses.asdict(item) for item in capability]),
         "base_model": base_digest(checkpoint, site),
+        "architecture": digest([dataclasses.asdict(checkpoint.spec)]),
         "preserve_texts": digest([{"text": text} for text in retained or ()]),
         "augment_texts": digest([{"text": text} for text in prefix_texts(config)]),
         "start": start and digest([{n: a.tobytes().hex() for n, a in start.new.items()}]),
@@ -382,7 +389,7 @@ def guarded(checkpoints: Checkpoints) -> Iterator[None]:
         ended = True
     except Interrupted:
         how = checkpoints.how()
-        if checkpoints.stop:
+        if checkpoints.stopped:
             hosts.leave()
         raise Interrupted(how) from None
     except OSError as e:

@@ -44,7 +44,12 @@ def expected(
 
 
 def make_keep(
-    model: Model, edits: Source, config: Config, ids: Sequence[Sequence[int]], budgets: tuple[float, float]
+    model: Model,
+    site: Sequence[str],
+    edits: Source,
+    config: Config,
+    ids: Sequence[Sequence[int]],
+    budgets: tuple[float, float],
 ) -> Callable[[int], Kept | None]:
     """Number of the edits' mini-batch -> the retained one beside it, on the mesh (None when off). `edits`:
     the edits' own source, whose layer is used; `ids`: the retained texts, of which the first `row_length`
@@ -56,8 +61,11 @@ def make_keep(
     parts = [ids[i][: config.row_length] for i in rng.permutation(len(ids))[:MOST]]
     # A batch does not read a text's last token, so each gets one more.
     corpus = corpus_from_lists([[*part, part[-1]] for part in parts], np.ones(len(parts)))
-    mesh, base, weights = model.mesh, model.edits, model.weights
-    size = len(corpus.tokens) * model.spec.d_model * activation_dtype(weights).itemsize
+    mesh, weights = model.mesh, model.weights
+    base = model.with_edits(model.originals(site)).edits  # what the edit begins from, int8 or not
+    # Beside the edits' own activations, which the budgets hold too.
+    tokens = len(corpus.tokens) + (len(edits.values) if edits.mode != "off" else 0)
+    size = tokens * model.spec.d_model * activation_dtype(weights).itemsize
     mode = choose_mode("auto", edits.layer, size, *budgets, width_split(mesh, model.spec.d_model))
     source = cached_source(model.spec, weights, corpus, edits.layer, mode, mesh, config.row_length, base=base)
     which = np.array_split(np.arange(len(corpus)), math.ceil(len(corpus) / TEXTS))

@@ -27,6 +27,7 @@ from locft_jax.model.weights import Edits, Weights, activation_dtype, locate_ten
 ROWS, LABEL_ROWS = 64, 16  # of a batch of the pass that sums C up, and of the one for G (with all logits)
 INPUTS = {"q": "attn", "k": "attn", "v": "attn", "o": "o", "gate": "mlp", "up": "mlp", "down": "down"}
 
+RULE = 2  # which tokens count, and how: what was computed by another rule is not used again
 EXACT = 16384  # the widest inputs, or outputs, whose moment is computed whole
 RANK, PASSES = 1024, 3  # eigenvectors of the others, and the passes that find them
 

@@ -13,13 +13,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from locft_jax import hosts
 from locft_jax.data.records import digest
 from locft_jax.editing.moments import Leading, Moments
 from locft_jax.errors import reason
 from locft_jax.files import whole_file
 from locft_jax.model.sharding import fetch
 from locft_jax.progress import say
+
+MOST = 4 * 2**30  # bytes of all files
 
 
 def folder() -> Path:
@@ -29,10 +30,8 @@ def folder() -> Path:
 
 def remembered(key: Mapping[str, Any], compute: Callable[[], Moments]) -> Moments:
     """The moments that were computed under this `key` (JSON types: all that they follow from), else those of
-    `compute`, kept for the next time. A file that cannot be read or written is no error. Several processes
-    compute."""
-    if hosts.several():
-        return compute()
+    `compute`, kept for the next time, the oldest files making room. A file that cannot be read or written is
+    no error."""
     path = folder() / f"{digest([dict(key)])}.safetensors"
     try:
         return _read(path)
@@ -42,9 +41,21 @@ def remembered(key: Mapping[str, Any], compute: Callable[[], Moments]) -> Moment
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as part:
             part.write_bytes(_bytes(found))
+        _make_room(path)
     except OSError as e:
         say(f"second moments could not be kept in {path.parent} ({reason(e)}): every run computes them")
     return found
+
+
+def _make_room(newest: Path) -> None:
+    """Delete the oldest files beyond MOST bytes in all."""
+    files = sorted(newest.parent.glob("*.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True)
+    total = newest.stat().st_size
+    for path in files:
+        if path != newest:
+            total += path.stat().st_size
+            if total > MOST:
+                path.unlink(missing_ok=True)
 
 
 def _bytes(moments: Moments) -> bytes:

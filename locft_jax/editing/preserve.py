@@ -13,6 +13,7 @@ Of inputs and outputs too wide for a matrix (editing/moments.py) the leading eig
 and P is the identity on all that is orthogonal to them.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from locft_jax import hosts
 from locft_jax.config import Config
 from locft_jax.data.records import digest
 from locft_jax.editing import moments
@@ -129,7 +131,7 @@ def kept(
 ) -> Moments:
     """What `compute` gives, from the disk where it was computed before. Moments of a model that carries edits
     are not kept."""
-    if model.edits:
+    if model.edits or hosts.several():
         return compute()
     key = {
         "side": side,
@@ -140,7 +142,8 @@ def kept(
         "seed": config.seed if side == "outputs" else None,
         "mesh": dict(model.mesh.shape),
         "row_length": config.row_length,
-        "rank": [moments.EXACT, moments.RANK, moments.PASSES],
+        "architecture": digest([dataclasses.asdict(model.spec)]),
+        "rule": [moments.RULE, moments.EXACT, moments.RANK, moments.PASSES],
         "versions": versions(),
     }
     return remembered(key, compute)

@@ -122,10 +122,7 @@ def sample_model(
     """`count` token sequences from the model itself: seeded, temperature 1, from BOS (where the tokenizer
     has one, else EOS) to the first EOS or `length` tokens. Without a cache of keys: every token runs the
     sequence anew, which is why they are short. Raises UserError without BOS and EOS."""
-    start = model.tokenizer.bos_token_id
-    start = model.tokenizer.eos_token_id if start is None else start
-    if start is None:
-        raise UserError("preserve_data: model needs a tokenizer with BOS or EOS; give a file of texts")
+    start = first_token(model.tokenizer)
     stop = np.zeros(model.spec.vocab_size, bool)
     stop[list(model.eos)] = True
     length = min(length, model.spec.max_position)
@@ -140,6 +137,37 @@ def sample_model(
     return found[:count]
 
 
+def first_token(tokenizer: Any) -> int:
+    """What a sampled text begins with. Raises UserError where the tokenizer has neither BOS nor EOS."""
+    start = tokenizer.bos_token_id
+    start = tokenizer.eos_token_id if start is None else start
+    if start is None:
+        raise UserError("preserve_data: model needs a tokenizer with BOS or EOS; give a file of texts")
+    return int(start)
+
+
+def check_retained(tokenizer: Any, spec: ModelSpec, config: Config, texts: Sequence[str] | None) -> None:
+    """Raise UserError where `retained_ids` would, or where texts have tokens that the model lacks; needs no
+    weights."""
+    if preserves(config) and texts is None:
+        first_token(tokenizer)
+    elif preserves(config):
+        _ids(tokenizer, spec, config, texts or ())
+
+
+def _ids(tokenizer: Any, spec: ModelSpec, config: Config, texts: Sequence[str]) -> list[list[int]]:
+    ids = prompt_ids(tokenizer, texts, config.chat_template)
+    ids = [i[: spec.max_position] for i in ids if len(i) > 1]
+    if not ids:
+        raise UserError(f"preserve_data: {source_of(config)} holds no text of two tokens or more")
+    if max(map(max, ids)) >= spec.vocab_size:
+        raise UserError(
+            f"preserve_data: {source_of(config)} has tokens beyond the vocabulary of {spec.vocab_size}; "
+            "the tokenizer is of another model"
+        )
+    return ids
+
+
 def retained_ids(model: Model, config: Config, texts: Sequence[str] | None) -> list[list[int]]:
     """Token ids of the retained texts, of those with two tokens or more; [] when nothing is retained. `texts`
     as from `retained_texts`; without any, the model's own. Raises UserError where there are none."""
@@ -147,8 +175,4 @@ def retained_ids(model: Model, config: Config, texts: Sequence[str] | None) -> l
         return []
     if texts is None:
         return sample_model(model, config.seed)
-    ids = prompt_ids(model.tokenizer, texts, config.chat_template)
-    ids = [i[: model.spec.max_position] for i in ids if len(i) > 1]
-    if not ids:
-        raise UserError(f"preserve_data: {source_of(config)} holds no text of two tokens or more")
-    return ids
+    return _ids(model.tokenizer, model.spec, config, texts)

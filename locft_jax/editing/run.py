@@ -154,7 +154,7 @@ def run_edit(
         )
     ids = retained_ids(model, config, retained)
     preserve, lambdas = make_preserve(model, site, config, ids)
-    keep = make_keep(model, source, config, ids, agreed_budgets(config))
+    keep = make_keep(model, site, source, config, ids, agreed_budgets(config))
     exported = lambda theta: to_checkpoint_dtype(model.checkpoint, materialize(theta, base))  # noqa: E731
     look = lambda state, records: watch(exported(state.theta), records) if watch else None  # noqa: E731
     outcome = run_pipeline(

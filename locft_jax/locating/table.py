@@ -90,7 +90,7 @@ def open_table(out: Path, run: Mapping[str, Any], resume: bool) -> Table:
         folder.mkdir(parents=True, exist_ok=True)
         lines = kept_jsonl(folder / "sites.jsonl")
         write_whole_json(folder / "run.json", run)
-    hosts.agree()
+    hosts.agree(last=True)
     return Table(folder, hosts.from_first(lines))
 
 

@@ -27,6 +27,8 @@ from locft_jax.editing.moments import EXACT, RANK, matrices_of
 from locft_jax.editing.pipeline import batch_shardings, run_shape
 from locft_jax.editing.prefix import choose_mode, prefix_pass
 from locft_jax.editing.preserve import side_shardings
+from locft_jax.editing.retained import SAMPLE_LENGTH
+from locft_jax.editing.retained import source_of as source
 from locft_jax.editing.run import schedule_of
 from locft_jax.editing.step import EditState, Hyper, Kept, LowRank, Sides, init_state, train_step
 from locft_jax.evaluation.answers import packed
@@ -146,10 +148,13 @@ def side(width: int, sharding: NamedSharding, mesh: Mesh) -> Any:
 
 
 def kept(case: Case, mesh: Mesh, start: int, mode: str) -> Kept | None:
-    """A mini-batch of retained texts, taken to be as long as the edits' prompts."""
+    """A mini-batch of retained texts: as long as those sampled from the model can be, else as the edits'
+    prompts."""
     if not case.config.preserve_kl:
         return None
     lengths = case.corpus.target_start[:TEXTS]
+    if source(case.config) == "model":
+        lengths = np.full(TEXTS, min(SAMPLE_LENGTH, case.config.row_length))
     corpus = corpus_from_lists([np.zeros(n + 1, np.int32) for n in lengths], np.ones(len(lengths)))
     every = np.arange(len(corpus))
     packed_batch = pack(

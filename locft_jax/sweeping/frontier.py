@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from locft_jax.flat_yaml import shown as yaml
 from locft_jax.locating.figure import COLOURS, MARKERS, finish, new_figure
 from locft_jax.locating.rule import ENOUGH
 from locft_jax.sweeping.table import label
@@ -55,7 +56,7 @@ def recommend(rows: Sequence[Row]) -> dict[str, Any]:
         lost, before = 1 - top["locality_agreement"], 1 - own["locality_agreement"]
         if before > 0:
             words.append(f"So {percent(lost)} of the other answers change in place of {percent(before)}.")
-    config = "\n".join(f"{key}: {value}" for key, value in top["settings"].items() if value is not None)
+    config = "\n".join(f"{key}: {yaml(value)}" for key, value in top["settings"].items())
     return {"settings": top["settings"], "words": " ".join(words), "config": config}
 
 
@@ -88,8 +89,9 @@ def draw_frontier(rows: Sequence[Row], title: str, out: Path) -> None:
                     alpha=0.8,
                     label=method,
                 )
-            axis.plot(100 * top[x], 100 * top[y], "o", markersize=15, markerfacecolor="none",
-                      markeredgecolor="black", label="to use")  # fmt: skip
+            if top[x] is not None and top[y] is not None:
+                axis.plot(100 * top[x], 100 * top[y], "o", markersize=15, markerfacecolor="none",
+                          markeredgecolor="black", label="to use")  # fmt: skip
             axis.set_xlabel(f"{x.replace('_', ' ')}, %", fontsize=12)
             axis.set_ylabel(f"{y}, %", fontsize=12)
             axis.grid(color="#dddddd")

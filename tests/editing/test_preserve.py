@@ -328,6 +328,7 @@ def test_files_of_texts(tmp_path):
         ({"preserve": "null", "preserve_strength": 1}, "> 0 and < 1"),
         ({"preserve": "soft", "preserve_data": "missing.txt"}, "preserve_data: missing.txt"),
         ({"preserve": "soft", "preserve_data": "missing.jsonl"}, "missing.jsonl"),
+        ({"preserve_kl": 1, "preserve_data": "SHORT.txt"}, "SHORT.txt holds no text of two tokens or more"),
         ({"preserve": "soft", "preserve_data": "templates"}, "`subject`"),
         ({"preserve": "soft", "rewrite_module": "model.embed_tokens"}, "matrices of layers only"),
         ({"preserve": "soft", "rewrite_module": "model.layers.{}.input_layernorm"}, "no matrix"),
@@ -337,6 +338,8 @@ def test_what_cannot_work_is_refused_before_weights_load(
     edit_arguments, tmp_path, capsys, monkeypatch, changes, says
 ):
     monkeypatch.setitem(edit.__globals__, "load_opened", lambda *a: pytest.fail("weights were loaded"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "SHORT.txt").write_text("a\n")
     assert run_command(edit, edit_arguments(tmp_path / "out", **changes)) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from locft_jax.sweeping.frontier import is_frontier, method_of, pick, recommend
+from locft_jax.sweeping.frontier import draw_frontier, is_frontier, method_of, pick, recommend
 from locft_jax.sweeping.table import print_table, write_results
 
 
@@ -43,6 +43,8 @@ def test_words_compare_with_plain_at_its_best_and_give_lines_to_paste():
     assert "Plain LocFT-BF at its best" in found["words"] and "lr=0.002" in found["words"]
     assert "4.0 % of the other answers change in place of 10.0 %" in found["words"]
     assert found["config"] == "lr: 0.004\npreserve: soft\npreserve_strength: 10\npreserve_kl: 1.0"
+    # A null is said too: the config that it is pasted into may have another value.
+    assert recommend(RUNS[:3])["config"].endswith("preserve_strength: null\npreserve_kl: null")
     assert "comes closest" in recommend(RUNS[:1])["words"]
 
 
@@ -64,6 +66,12 @@ def test_only_sweeps_over_preserving_have_a_frontier():
     assert is_frontier(RUNS)
     assert not is_frontier(RUNS[:1]) and not is_frontier(RUNS[-1:] * 2)
     assert not is_frontier([{**run, "settings": {"lr": run["settings"]["lr"]}} for run in RUNS])
+
+
+def test_a_figure_that_was_not_measured_is_left_out(tmp_path):
+    runs = [{**RUNS[1], "generalization": None}, RUNS[0]]
+    draw_frontier(runs, "try", tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").stat().st_size > 1000
 
 
 def test_the_sweep_writes_the_picture_and_says_what_to_use(tmp_path, capsys):
