@@ -8,19 +8,27 @@ from locft_jax.locating.figure import COLOURS, MARKERS, finish, new_figure
 from locft_jax.locating.rule import worth_showing
 from locft_jax.sweeping.table import label
 
+MOST = 8  # curves in a panel
+
 Row = Mapping[str, Any]
 
 
 def horizontal(rows: Sequence[Row]) -> str | None:
-    """The key that stands on the horizontal axis: the one with most different numbers, at least three; None
-    where there is none (bars then)."""
+    """The key that stands on the horizontal axis: a number in every row, the one with most different ones, at
+    least three; None where there is none, or where there would be more than MOST curves (bars then)."""
     found: dict[str, set[float]] = {}
     for row in rows:
         for key, value in row["settings"].items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 found.setdefault(key, set()).add(value)
     most = max(found, key=lambda key: len(found[key]), default=None)
-    return most if most is not None and len(found[most]) >= 3 else None
+    if (
+        most is None
+        or len(found[most]) < 3
+        or not all(isinstance(row["settings"][most], (int, float)) for row in rows)
+    ):
+        return None
+    return most if len({label(row["settings"], most) for row in rows}) <= MOST else None
 
 
 def draw_sweep(rows: Sequence[Row], before: Mapping[str, float | None], title: str, out: Path) -> None:

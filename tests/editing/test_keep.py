@@ -32,8 +32,8 @@ def edited(model):
 
 def ours(model, mode, layer, value, ids=IDS):
     """(divergence, its gradient at SITE) of the first retained mini-batch."""
-    source, budgets = Source(None, layer, mode), (0.0 if mode == "host" else 1e9, 1e9)
-    kept = make_keep(model, source, Config(preserve_kl=2, row_length=32), ids, budgets)(0)
+    source, budgets = Source(np.zeros((0, 1)), layer, mode), (0.0 if mode == "host" else 1e9, 1e9)
+    kept = make_keep(model, [SITE], source, Config(preserve_kl=2, row_length=32), ids, budgets)(0)
 
     def measure(value):
         scores = target_logits(model.spec, layer, model.weights, {SITE: value}, kept.source, kept.batch)
@@ -83,10 +83,10 @@ def test_a_certain_token_gives_no_infinity(model, edited):
 
 def test_mini_batches_return_in_turn_and_hold_every_text(model):
     ids = [[1 + i // 50, 2 + i % 50, 3] for i in range(2 * TEXTS + 5)]
-    keep = make_keep(model, Source(None, 2, "device"), Config(preserve_kl=1), ids, (1e9, 1e9))
+    keep = make_keep(model, [SITE], Source(None, 2, "off"), Config(preserve_kl=1), ids, (1e9, 1e9))
     seen = [keep(visit) for visit in range(4)]
     assert sum(int((kept.batch.example >= 0).sum()) for kept in seen[:3]) == 3 * len(ids)
     for a, b in zip(jax.tree.leaves(seen[0]), jax.tree.leaves(seen[3]), strict=True):
         np.testing.assert_array_equal(a, b)
     assert not np.array_equal(seen[0].logp, seen[1].logp)
-    assert make_keep(model, Source(None, 2, "device"), Config(), ids, (1e9, 1e9))(0) is None
+    assert make_keep(model, [SITE], Source(None, 2, "off"), Config(), ids, (1e9, 1e9))(0) is None

@@ -80,6 +80,8 @@ def test_the_sweep_writes_the_picture_and_says_what_to_use(tmp_path, capsys):
     before = {"reliability": 0.0, "locality_agreement": 1.0}
     result = write_results(tmp_path, RUNS, {"title": "try", "before": before})
     assert json.loads((tmp_path / "sweep.json").read_text())["recommendation"] == result["recommendation"]
+    bars = imread(tmp_path / "sweep.png")[..., :3]  # the rates have no strength in common to be drawn over
+    assert 0.01 < (bars < 0.99).any(axis=-1).mean() < 0.7
     picture = imread(tmp_path / "frontier.png")[..., :3]
     assert 0.01 < (picture < 0.99).any(axis=-1).mean() < 0.5
     coloured = picture.max(-1) - picture.min(-1) > 0.3
