@@ -11,6 +11,7 @@ from locft_jax.locating.rule import ENOUGH
 from locft_jax.sweeping.table import label
 
 KEEPING = ("preserve", "preserve_data", "preserve_kl", "preserve_strength")
+BELOW = 12  # points under the settings to use that the picture reaches
 KEPT, EDITED = ("locality_agreement", "capability"), ("reliability", "generalization")
 
 Row = Mapping[str, Any]
@@ -62,7 +63,8 @@ def recommend(rows: Sequence[Row]) -> dict[str, Any]:
 
 def draw_frontier(rows: Sequence[Row], title: str, out: Path) -> None:
     """Reliability and generalization over what was kept, a colour a method: every setting as a point, those
-    that no other setting of the method beats on both axes joined; ringed: the settings to use. PNG."""
+    that no other setting of the method beats on both axes joined; ringed: the settings to use. What edits far
+    worse than these lies outside the picture. PNG."""
     rows, top = _measured(rows), pick(rows)
     across = [key for key in KEPT if any(row[key] is not None for row in rows)]
     down = [key for key in EDITED if any(row[key] is not None for row in rows)]
@@ -94,6 +96,9 @@ def draw_frontier(rows: Sequence[Row], title: str, out: Path) -> None:
                           markeredgecolor="black", label="to use")  # fmt: skip
             axis.set_xlabel(f"{x.replace('_', ' ')}, %", fontsize=12)
             axis.set_ylabel(f"{y}, %", fontsize=12)
+            if top[y] is not None:
+                low, high = axis.get_ylim()
+                axis.set_ylim(max(low, 100 * top[y] - BELOW), high)
             axis.grid(color="#dddddd")
     finish(figure, axes.reshape(-1), axes.size, title, out, legend=min(4, len(methods) + 1))
 

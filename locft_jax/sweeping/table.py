@@ -110,7 +110,8 @@ def print_table(result: Mapping[str, Any], console: Console) -> None:
     console.print("; ".join(f"{SHORT[key]} {key.replace('_', ' ')}" for key in shown))
     if "recommendation" in result:
         console.print(plain(f"What to use: {result['recommendation']['words']}"))
-        console.print(f"\n{plain(result['recommendation']['config'])}\n")
+        for line in ["", *result["recommendation"]["config"].splitlines(), ""]:
+            console.print(plain(line))
 
 
 def label(settings: Mapping[str, Any], without: str | None = None) -> str:
@@ -118,6 +119,6 @@ def label(settings: Mapping[str, Any], without: str | None = None) -> str:
     parts = (
         value if isinstance(value, str) else f"{key}={json.dumps(value)}"
         for key, value in settings.items()
-        if key not in (without, "seed")
+        if key not in (without, "seed") and value is not None
     )
     return ", ".join(parts) or "all runs"

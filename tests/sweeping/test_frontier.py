@@ -88,4 +88,4 @@ def test_the_sweep_writes_the_picture_and_says_what_to_use(tmp_path, capsys):
     assert len({tuple(np.round(c, 1)) for c in picture[coloured]}) >= 4  # a colour a method
     print_table(result, Console(width=120))
     said = capsys.readouterr().out
-    assert "What to use: " in said and "preserve_kl: 1.0" in said
+    assert "What to use: " in said and "\npreserve_strength: 10\npreserve_kl: 1.0\n" in said
