@@ -37,7 +37,7 @@ from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import locate_tensor
 from locft_jax.versions import versions
 
-DEFAULT_STRENGTH = {"soft": 10.0, "null": 0.9, "kfac": 10.0}
+DEFAULT_STRENGTH = {"soft": 10.0, "null": 0.9, "kfac": 1.0}
 
 Lambdas = dict[str, dict[str, float]]  # HF name -> {"inputs": lambda, "outputs": lambda (kfac)}
 

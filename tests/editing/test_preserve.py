@@ -393,7 +393,7 @@ def test_methods_differ_and_say_what_they_are(runs):
     first = (folder / "steps.jsonl").read_text().splitlines()[0]
     tried = [
         ("soft", 10, None),
-        ("kfac", 10, None),
+        ("kfac", 1, None),
         ("null", 0.5, None),
         ("none", None, 1),
         ("none", None, 9),
