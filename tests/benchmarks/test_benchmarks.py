@@ -125,3 +125,9 @@ def test_perplexity():
     result = script("perplexity.py")
     (row,) = result["rows"]
     assert row["method"] == "plain" and row["mean"]["perplexity"] > result["before"] > 1
+
+
+def test_gpu_72b():
+    result = script("gpu_72b.py")
+    assert result["layers"] == 3 and result["seconds_a_step"] > 0
+    assert result["weights_gib"] > 0 and result["losses"][1] != result["losses"][0] > 1
