@@ -23,7 +23,7 @@ from locft_jax.editing.augment import written_prefixes
 from locft_jax.editing.checkpoint import Checkpoints
 from locft_jax.editing.pipeline import StepRecord
 from locft_jax.editing.preserve import check_preserve, told
-from locft_jax.editing.retained import retained_texts
+from locft_jax.editing.retained import retained_ids, retained_texts
 from locft_jax.editing.run import choose_site, encode_requests, run_edit
 from locft_jax.editing.site import first_layer
 from locft_jax.evaluation.answers import ProbeCache
@@ -99,7 +99,7 @@ def edit(
     prefixes = written_prefixes(model, config)
     corpus = encode_requests(model.tokenizer, data.requests, config, model.spec, prefixes)
     check_preserve(model.spec, site, config)
-    retained = retained_texts(config, data.requests)
+    retained = retained_ids(model, config, retained_texts(config, data.requests))
     seconds: dict[str, float | None] = dict.fromkeys(("load", "before", "edit", "after", "export"))
 
     asked = before = after = cache = None

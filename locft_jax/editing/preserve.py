@@ -121,7 +121,7 @@ def side_shardings(mesh: Mesh, spec: ModelSpec, name: str) -> tuple[NamedShardin
     )
 
 
-def kept(
+def cached_moments(
     model: Model,
     site: Sequence[str],
     ids: Sequence[Sequence[int]],
@@ -160,10 +160,10 @@ def make_preserve(
         return {}, {}
     spec, mesh = model.spec, model.mesh
     given = (spec, model.weights, site, ids, mesh, config.row_length)
-    inner = kept(model, site, ids, config, "inputs", lambda: second_moments(*given, model.edits))
+    inner = cached_moments(model, site, ids, config, "inputs", lambda: second_moments(*given, model.edits))
     outer: Moments = {}
     if config.preserve == "kfac":
-        outer = kept(
+        outer = cached_moments(
             model, site, ids, config, "outputs", lambda: gradient_moments(*given, config.seed, model.edits)
         )
     whole = lambda m: m if isinstance(m, Leading) else fetch(m)  # noqa: E731

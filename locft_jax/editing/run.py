@@ -21,7 +21,6 @@ from locft_jax.editing.keep import make_keep
 from locft_jax.editing.pipeline import Outcome, Schedule, StepRecord, run_pipeline
 from locft_jax.editing.prefix import Source, cached_source, choose_mode
 from locft_jax.editing.preserve import Lambdas, make_preserve
-from locft_jax.editing.retained import retained_ids
 from locft_jax.editing.site import find_site, first_layer, materialize, parameters, read_site
 from locft_jax.editing.step import Hyper, init_state
 from locft_jax.errors import UserError
@@ -120,16 +119,16 @@ def run_edit(
     on_step: Callable[[StepRecord], None] = lambda record: None,
     start: Mapping[str, np.ndarray] | None = None,
     checkpoints: Checkpoints | None = None,
-    retained: Sequence[str] | None = None,
+    retained: Sequence[Sequence[int]] = (),
     source: Source | None = None,
     watch: Callable[[dict[str, np.ndarray], Sequence[StepRecord]], None] | None = None,
 ) -> Edited:
     """LocFT-BF on one model: the given model is not changed. `start`: values that the site's tensors
     begin with (HF names; default: the model's own). With `checkpoints` the run goes on from the newest
-    one and leaves others; `on_step` is told of the steps made before too. `retained`: texts for the config's
-    `preserve...` (None: the model's own). `source`: the corpus as it enters the site's lowest layer, from a
-    caller who edits at many sites (default: made here). `watch` is given the site's tensors, as they would
-    be exported, after every `eval_every` epochs (depth-first: mini-batches).
+    one and leaves others; `on_step` is told of the steps made before too. `retained`: token ids of texts for
+    the config's `preserve...` keys, as `retained_ids` gives them. `source`: the corpus as it enters the
+    site's lowest layer, from a caller who edits at many sites (default: made here). `watch` is given the
+    site's tensors, as they would be exported, after every `eval_every` epochs (depth-first: mini-batches).
 
     Raises NonFiniteLoss, and Interrupted when a signal asked to stop.
     """
@@ -152,9 +151,8 @@ def run_edit(
         source = cached_source(
             model.spec, model.weights, corpus, layer, mode, model.mesh, config.row_length, base=base
         )
-    ids = retained_ids(model, config, retained)
-    preserve, lambdas = make_preserve(model, site, config, ids)
-    keep = make_keep(model, site, source, config, ids, agreed_budgets(config))
+    preserve, lambdas = make_preserve(model, site, config, retained)
+    keep = make_keep(model, site, source, config, retained, agreed_budgets(config))
     exported = lambda theta: to_checkpoint_dtype(model.checkpoint, materialize(theta, base))  # noqa: E731
     look = lambda state, records: watch(exported(state.theta), records) if watch else None  # noqa: E731
     outcome = run_pipeline(

@@ -15,6 +15,7 @@ from locft_jax.config import Config
 from locft_jax.data.tokens import Corpus
 from locft_jax.editing.pipeline import NonFiniteLoss
 from locft_jax.editing.prefix import Source, advance, token_source
+from locft_jax.editing.retained import retained_ids
 from locft_jax.editing.run import cache_mode, run_edit
 from locft_jax.evaluation.answers import ProbeCache
 from locft_jax.evaluation.generate import Reader
@@ -41,7 +42,7 @@ class Bench:
         on_done: Callable[[int], None] = lambda count: None,
     ) -> None:
         self.model, self.corpus, self.asked, self.config = model, corpus, asked, config
-        self.retained = retained
+        self.retained = retained_ids(model, config, retained)
         self.before = before or ask(model, {}, asked, None, config.row_length, on_done)
         self.guesses = later_guesses(asked, self.before)
         self.mode = cache_mode(model, corpus, 1, config)
