@@ -180,6 +180,8 @@ def _means(
         assert batch is not None, "fit_shape saw every batch"
         own = sums(tokens, place_batch(batch, mesh))
         total = own if total is None else jax.tree.map(jnp.add, total, own)
+        # One batch at a time: CPU devices queue 32 programs at most, then can wait for each other for ever.
+        jax.block_until_ready(total)
     assert total is not None, "a corpus is never empty"
     count = max(1, sum(map(len, texts)) - len(texts))
     return jax.tree.map(lambda value: value / count, total)
