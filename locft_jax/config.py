@@ -102,7 +102,7 @@ def load_config(
     overrides, later ones winning.
 
     The bundled demo's file is read when neither `path` nor a model is given, and only then.
-    Prints a note for a key that is accepted but ignored. Raises `UserError`.
+    Prints a note for a key that is accepted but does nothing. Raises `UserError`.
     """
     changes = [split_override(text) for text in overrides]
     if path is None and earlier is None and all(key != "model_name_or_path" for key, _ in changes):
@@ -116,7 +116,13 @@ def load_config(
     for key, note in IGNORED.items():
         if values.get(key) is not None:
             say(f"`{key}: {shown(values[key])}` is ignored: {note}")
-    return Config(**values, source="" if path is None else str(path))
+    config = Config(**values, source="" if path is None else str(path))
+    uses = {"preserve_strength": config.preserve != "none"}
+    uses["preserve_data"] = uses["preserve_strength"] or bool(config.preserve_kl)
+    for key, used in uses.items():
+        if getattr(config, key) is not None and not used:
+            say(f"`{key}: {shown(getattr(config, key))}` is ignored: nothing that is set preserves by it")
+    return config
 
 
 def config_from_dict(values: Mapping[str, Any], where: str) -> Config:

@@ -285,6 +285,20 @@ def test_hparams_of_the_reference_run_unchanged(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    "pairs, ignored",
+    [
+        (["preserve_strength=3", "preserve_data=model"], ["preserve_strength: 3.0", "preserve_data: model"]),
+        (["preserve_strength=3", "preserve_data=model", "preserve_kl=1"], ["preserve_strength: 3.0"]),
+        (["preserve_strength=3", "preserve_data=model", "preserve=soft"], []),
+    ],
+)
+def test_notes_on_what_preserves_nothing(capsys, pairs, ignored):
+    load_config(None, [MODEL, *pairs])
+    notes = capsys.readouterr().err.splitlines()
+    assert [note.split("`")[1] for note in notes] == ignored
+
+
 # ---------------------------------------------------------------- the demo and names
 
 
