@@ -52,6 +52,14 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     # Other facts than those asked.
     "soft-facts": {"lr": 6.5e-4, "preserve": "soft", "preserve_strength": 100.0, "preserve_data": KEPT},
+    # The same facts' prompts alone: what is to stay is what follows them.
+    "soft-prompts": {
+        "lr": 6e-4,
+        "preserve": "soft",
+        "preserve_strength": 3.0,
+        "preserve_tokens": "last",
+        "preserve_data": KEPT,
+    },
     "kl-facts": {"lr": 2e-4, "preserve_kl": 3.0, "preserve_data": KEPT},
     "soft-kl-facts": {
         "lr": 6.5e-4,
@@ -85,23 +93,25 @@ def edits_and_kept(
 def run(
     model: Any,
     batches: Sequence[list[dict[str, Any]]],
-    texts: list[str],
+    texts: list[tuple[str, str]],
     skills: Any,
     settings: dict[str, Any],
 ) -> dict[str, float]:
-    """Edit the batches one after another; `texts`, and the edits of earlier batches, are retained where
-    the settings say KEPT. Figures of all edits at the end."""
+    """Edit the batches one after another; `texts` (prompt, answer), and the edits of earlier batches, are
+    retained where the settings say KEPT, as prompts alone where only their last tokens count. Figures of all
+    edits at the end."""
     steps, seconds, texts = 0, 0.0, list(texts)
     for batch in batches:
         with tempfile.TemporaryDirectory() as folder:
             kept = Path(folder) / "kept.txt"
-            kept.write_text("\n".join(texts))
+            parts = 1 if settings.get("preserve_tokens") == "last" else 2
+            kept.write_text("\n".join(" ".join(text[:parts]) for text in texts))
             own = settings | ({"preserve_data": str(kept)} if settings.get("preserve_data") == KEPT else {})
             result = edit(model, batch, Config(**own))
         model = result.edited
         steps += result.report["steps_run"]
         seconds += result.report["seconds"]["edit"]
-        texts += [f"{r['prompt']} {r['target_new']}" for r in batch]
+        texts += [(r["prompt"], r["target_new"]) for r in batch]
     report, _ = evaluate(model, [r for batch in batches for r in batch], skills, Config(**settings))
     figures = report["figures"]
     return {**figures, "lost": 1 - figures["locality"], "steps": steps, "seconds": seconds}
@@ -131,9 +141,7 @@ def main() -> None:
             requests, kept = edits_and_kept(world, count, seed, args.probes)
             batches = [requests[i : i + size] for i in range(0, count, size)]
             settings = SAME | METHODS[name] | {"seed": seed} | ({"num_steps": 2} if args.small else {})
-            figures = run(
-                model, batches, [f"{p} {f.answer}" for f in kept for p in prompts(f)], skills, settings
-            )
+            figures = run(model, batches, [(p, f.answer) for f in kept for p in prompts(f)], skills, settings)
             runs.append({k: figures[k] for k in FIGURES})
             print(
                 f"{name:16} seed {seed}  " + "  ".join(f"{k} {runs[-1][k]:.4g}" for k in FIGURES), flush=True

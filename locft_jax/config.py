@@ -67,6 +67,7 @@ class Config:
     preserve: str = "none"  # or soft, null, kfac: updates avoid inputs that other texts have
     preserve_strength: float | None = None  # soft, kfac: > 0; null: a share of the trace, in (0, 1)
     preserve_data: str | None = None  # model (the default), templates, or a file of texts
+    preserve_tokens: str = "all"  # or last: of a retained text only what follows its last token is to stay
     preserve_kl: float | None = None  # weight of KL(base || edited) on the retained texts; 0 = off
     augment_prefixes: int = 0  # times that an edit is also trained after a random text
     augment_data: str | None = None  # file of such texts; None: the model writes them
@@ -322,6 +323,7 @@ _RULES: dict[str, _Rule] = {
     "preserve": _choice("none", "soft", "null", "kfac"),
     "preserve_strength": _optional(_real(0, above=True)),
     "preserve_data": _optional(_PATH),
+    "preserve_tokens": _choice("all", "last"),
     "preserve_kl": _optional(_real(0)),
     "augment_prefixes": _whole(0, 1000),
     "augment_data": _optional(_PATH),

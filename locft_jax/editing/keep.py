@@ -53,14 +53,17 @@ def make_keep(
 ) -> Callable[[int], Kept | None]:
     """Number of the edits' mini-batch -> the retained one beside it, on the mesh (None when off). `edits`:
     the edits' own source, whose layer is used; `ids`: the retained texts, of which the first `row_length`
-    tokens count; `budgets`: bytes (a device, host) for their activations, as in `choose_mode`. What follows
-    a text's last token is a target too."""
+    tokens count (with preserve_tokens=last the last ones); `budgets`: bytes (a device, host) for their
+    activations, as in `choose_mode`. What follows a text's last token is a target too (with last: alone)."""
     if not config.preserve_kl:
         return lambda visit: None
     rng = np.random.default_rng([config.seed, len(ids)])
-    parts = [ids[i][: config.row_length] for i in rng.permutation(len(ids))[:MOST]]
+    last = config.preserve_tokens == "last"
+    window = slice(-config.row_length, None) if last else slice(config.row_length)
+    parts = [ids[i][window] for i in rng.permutation(len(ids))[:MOST]]
     # A batch does not read a text's last token, so each gets one more.
-    corpus = corpus_from_lists([[*part, part[-1]] for part in parts], np.ones(len(parts)))
+    starts = [len(part) if last else 1 for part in parts]
+    corpus = corpus_from_lists([[*part, part[-1]] for part in parts], starts)
     mesh, weights = model.mesh, model.weights
     base = model.with_edits(model.originals(site)).edits  # what the edit begins from, int8 or not
     # Beside the edits' own activations, which the budgets hold too.

@@ -95,9 +95,11 @@ def _walk(
     return x, found
 
 
-def _counts(batch: Batch) -> jax.Array:
-    """Which tokens count [B, T] bool."""
-    return (batch.rows.segments > 0) & (batch.rows.positions > 0)
+def _counts(batch: Batch, last: bool) -> jax.Array:
+    """Which tokens count [B, T] bool: all but a text's first, or its `last`."""
+    segments = batch.rows.segments
+    used = (segments > 0) & (batch.rows.positions > 0)
+    return used & (segments != jnp.pad(segments[:, 1:], ((0, 0), (0, 1)))) if last else used
 
 
 def _squares(x: jax.Array, used: jax.Array, basis: jax.Array | None) -> jax.Array | dict[str, jax.Array]:
@@ -110,10 +112,11 @@ def _squares(x: jax.Array, used: jax.Array, basis: jax.Array | None) -> jax.Arra
     return {"product": product("btd,btk->dk", z, product("btd,dk->btk", z, basis)), "trace": jnp.sum(z * z)}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _input_sums(
     spec: ModelSpec,
     wanted: tuple[Place, ...],
+    last: bool,
     weights: Weights,
     edits: Edits,
     bases: Mapping[Place, jax.Array],
@@ -124,13 +127,14 @@ def _input_sums(
     INPUTS)."""
     x = decoder.embed(spec, weights, edits, tokens[batch.index])
     _, found = _walk(spec, weights, edits, x, batch.rows, sorted({l for l, _ in wanted}))
-    return {at: _squares(found[at], _counts(batch), bases.get(at)) for at in wanted}
+    return {at: _squares(found[at], _counts(batch, last), bases.get(at)) for at in wanted}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _output_sums(
     spec: ModelSpec,
     wanted: tuple[Place, ...],
+    last: bool,
     weights: Weights,
     edits: Edits,
     key: jax.Array,
@@ -140,7 +144,7 @@ def _output_sums(
 ) -> dict[Place, Any]:
     """Sums of g g^T over a batch's tokens as in `_squares`, for the wanted outputs (layer, key of INPUTS). A
     token's label is drawn from what the model expects after it, by its place in the corpus."""
-    used = _counts(batch)
+    used = _counts(batch, last)
     layers = sorted({l for l, _ in wanted})
 
     def likelihood(nudges: dict[Place, jax.Array]) -> jax.Array:
@@ -165,6 +169,7 @@ def _means(
     mesh: Mesh,
     row_length: int,
     most_rows: int,
+    last: bool,
 ) -> dict[Place, Any]:
     """`sums` (of the corpus's tokens, and a batch of it) added up over texts (token ids), the share of
     a token that counts. Streams over the texts once."""
@@ -183,7 +188,7 @@ def _means(
         # One batch at a time: CPU devices queue 32 programs at most, then can wait for each other for ever.
         jax.block_until_ready(total)
     assert total is not None, "a corpus is never empty"
-    count = max(1, sum(map(len, texts)) - len(texts))
+    count = len(texts) if last else max(1, sum(map(len, texts)) - len(texts))
     return jax.tree.map(lambda value: value / count, total)
 
 
@@ -194,20 +199,21 @@ def _moments(
     mesh: Mesh,
     row_length: int,
     most_rows: int,
+    last: bool,
 ) -> dict[Place, Moment]:
     """The moments at places of these widths; `sums` takes the places, their bases, tokens and a batch."""
     exact = tuple(sorted(at for at, width in widths.items() if width <= EXACT))
     wide = tuple(sorted(widths.keys() - set(exact)))
     found: dict[Place, Moment] = {}
     if exact:
-        found = _means(lambda *batch: sums(exact, {}, *batch), texts, mesh, row_length, most_rows)
+        found = _means(lambda *batch: sums(exact, {}, *batch), texts, mesh, row_length, most_rows, last)
     if not wide:
         return found
     rng = np.random.default_rng(0)
     bases = {at: _orthonormal(rng.standard_normal((widths[at], min(RANK, widths[at])))) for at in wide}
     for at_pass in range(PASSES):
         placed = {at: place(basis, replicated(mesh)) for at, basis in bases.items()}
-        seen = _means(lambda *b, p=placed: sums(wide, p, *b), texts, mesh, row_length, most_rows)
+        seen = _means(lambda *b, p=placed: sums(wide, p, *b), texts, mesh, row_length, most_rows, last)
         for at, own in seen.items():
             product = fetch(own["product"]).astype(np.float64)
             if at_pass < PASSES - 1:
@@ -238,13 +244,14 @@ def second_moments(
     mesh: Mesh,
     row_length: int,
     base: Edits = {},  # noqa: B006 (never written to)
+    last: bool = False,
 ) -> Moments:
-    """C = E[x x^T] [in, in], float32, over the tokens of texts (token ids), for every matrix of the site in
-    a layer, `Leading` where it is wide; matrices with one input share one."""
+    """C = E[x x^T] [in, in], float32, over the tokens of texts (token ids), or over the `last` token of each,
+    for every matrix of the site in a layer, `Leading` where it is wide; matrices with one input share one."""
     keys = {n: (l, INPUTS[m]) for n, (l, m) in matrices_of(spec, site).items()}
     widths = {at: locate_tensor(spec, name)[0].shape[1] for name, at in keys.items()}
-    sums = lambda wanted, bases, *batch: _input_sums(spec, wanted, weights, dict(base), bases, *batch)  # noqa: E731
-    found = _moments(sums, widths, texts, mesh, row_length, ROWS)
+    sums = lambda wanted, bases, *batch: _input_sums(spec, wanted, last, weights, dict(base), bases, *batch)  # noqa: E731
+    found = _moments(sums, widths, texts, mesh, row_length, ROWS, last)
     return {name: found[at] for name, at in keys.items()}
 
 
@@ -257,11 +264,12 @@ def gradient_moments(
     row_length: int,
     seed: int,
     base: Edits = {},  # noqa: B006 (never written to)
+    last: bool = False,
 ) -> Moments:
-    """G = E[g g^T] [out, out], float32, for every matrix of the site in a layer; `Leading` where it is
-    wide."""
+    """G = E[g g^T] [out, out], float32, for every matrix of the site in a layer, over the same tokens as
+    `second_moments`; `Leading` where it is wide."""
     keys, draw = matrices_of(spec, site), jax.random.key(seed)
     widths = {at: locate_tensor(spec, name)[0].shape[0] for name, at in keys.items()}
-    sums = lambda wanted, *rest: _output_sums(spec, wanted, weights, dict(base), draw, *rest)  # noqa: E731
-    found = _moments(sums, widths, texts, mesh, row_length, LABEL_ROWS)
+    sums = lambda wanted, *rest: _output_sums(spec, wanted, last, weights, dict(base), draw, *rest)  # noqa: E731
+    found = _moments(sums, widths, texts, mesh, row_length, LABEL_ROWS, last)
     return {name: found[at] for name, at in keys.items()}

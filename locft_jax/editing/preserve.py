@@ -58,6 +58,7 @@ def told(config: Config, lambdas: Lambdas) -> dict[str, Any] | None:
         "lambda": lambdas or None,
         "kl": config.preserve_kl or None,
         "source": source_of(config),
+        "tokens": config.preserve_tokens,
     }
 
 
@@ -139,6 +140,7 @@ def cached_moments(
         "weights": config.weights if model.int8 else str(model.dtype),
         "site": list(site),
         "texts": digest(ids),
+        "tokens": config.preserve_tokens,
         "seed": config.seed if side == "outputs" else None,
         "mesh": dict(model.mesh.shape),
         "row_length": config.row_length,
@@ -160,11 +162,12 @@ def make_preserve(
         return {}, {}
     spec, mesh = model.spec, model.mesh
     given = (spec, model.weights, site, ids, mesh, config.row_length)
-    inner = cached_moments(model, site, ids, config, "inputs", lambda: second_moments(*given, model.edits))
+    also = (model.edits, config.preserve_tokens == "last")
+    inner = cached_moments(model, site, ids, config, "inputs", lambda: second_moments(*given, *also))
     outer: Moments = {}
     if config.preserve == "kfac":
         outer = cached_moments(
-            model, site, ids, config, "outputs", lambda: gradient_moments(*given, config.seed, model.edits)
+            model, site, ids, config, "outputs", lambda: gradient_moments(*given, config.seed, *also)
         )
     whole = lambda m: m if isinstance(m, Leading) else fetch(m)  # noqa: E731
     made: dict[int, np.ndarray | LowRank] = {}

@@ -30,10 +30,11 @@ def edited(model):
     return own + 2 * RNG.standard_normal(own.shape, np.float32) * own.std()
 
 
-def ours(model, mode, layer, value, ids=IDS):
+def ours(model, mode, layer, value, ids=IDS, tokens="all"):
     """(divergence, its gradient at SITE) of the first retained mini-batch."""
     source, budgets = Source(np.zeros((0, 1)), layer, mode), (0.0 if mode == "host" else 1e9, 1e9)
-    kept = make_keep(model, [SITE], source, Config(preserve_kl=2, row_length=32), ids, budgets)(0)
+    config = Config(preserve_kl=2, row_length=32, preserve_tokens=tokens)
+    kept = make_keep(model, [SITE], source, config, ids, budgets)(0)
 
     def measure(value):
         scores = target_logits(model.spec, layer, model.weights, {SITE: value}, kept.source, kept.batch)
@@ -43,7 +44,8 @@ def ours(model, mode, layer, value, ids=IDS):
     return jax.value_and_grad(measure)(value)
 
 
-def test_divergence_and_gradient_equal_torchs(torch, model, tiny_model_dir, edited):
+@pytest.mark.parametrize("tokens", ["all", "last"])
+def test_divergence_and_gradient_equal_torchs(torch, model, tiny_model_dir, edited, tokens):
     from transformers import AutoModelForCausalLM
 
     base, other = (
@@ -51,18 +53,19 @@ def test_divergence_and_gradient_equal_torchs(torch, model, tiny_model_dir, edit
     )
     matrix = other.get_parameter(SITE)
     matrix.data = torch.tensor(edited, dtype=torch.float64)
-    total, count = 0, sum(map(len, IDS))
+    total, count = 0, sum(map(len, IDS)) if tokens == "all" else len(IDS)
+    used = slice(0 if tokens == "all" else -1, None)
     for ids in IDS:
         with torch.no_grad():
-            p = base(torch.tensor([ids])).logits[0].softmax(-1)
-        q = other(torch.tensor([ids])).logits[0].softmax(-1)
+            p = base(torch.tensor([ids])).logits[0, used].softmax(-1)
+        q = other(torch.tensor([ids])).logits[0, used].softmax(-1)
         top = p.topk(32).indices
         few = lambda a, top=top: torch.cat([a.gather(1, top), 1 - a.gather(1, top).sum(1, True)], 1)  # noqa: E731
         total += (few(p) * (few(p).log() - few(q).log())).sum() / count
     (want,) = torch.autograd.grad(total, matrix)
     assert total.item() > 0.05
     for mode, layer in (("off", 0), ("device", 2), ("host", 2)):
-        value, gradient = ours(model, mode, layer, edited)
+        value, gradient = ours(model, mode, layer, edited, tokens=tokens)
         np.testing.assert_allclose(value, total.item(), rtol=1e-4, err_msg=mode)
         error = np.abs(gradient - want.numpy()).max() / np.abs(want.numpy()).max()
         assert error < 1e-4, mode

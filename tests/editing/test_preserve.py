@@ -49,7 +49,10 @@ def moments(model, texts):
 # ---------------------------------------------------------------- C
 
 
-def test_second_moments_equal_those_of_transformers_activations(torch, tiny_model_dir, texts, moments):
+@pytest.mark.parametrize("last", [False, True])
+def test_second_moments_equal_those_of_transformers_activations(
+    torch, tiny_model_dir, model, texts, moments, last
+):
     from transformers import AutoModelForCausalLM
 
     reference = AutoModelForCausalLM.from_pretrained(str(tiny_model_dir), dtype=torch.float32)
@@ -57,7 +60,8 @@ def test_second_moments_equal_those_of_transformers_activations(torch, tiny_mode
 
     def watch(name):
         def hook(module, inputs):
-            x = inputs[0][0, 1:].double().numpy()
+            x = inputs[0][0, -1:] if last else inputs[0][0, 1:]
+            x = x.double().numpy()
             sums[name] = sums.get(name, 0) + x.T @ x
 
         return hook
@@ -68,8 +72,9 @@ def test_second_moments_equal_those_of_transformers_activations(torch, tiny_mode
         for ids in texts:
             reference(torch.tensor([ids]))
     assert moments.keys() == set(SITE)
-    for name, c in moments.items():
-        want = sums[name] / sum(len(ids) - 1 for ids in texts)
+    given = (model.spec, model.weights, SITE, texts, model.mesh, 32)
+    for name, c in (second_moments(*given, last=True) if last else moments).items():
+        want = sums[name] / (len(texts) if last else sum(len(ids) - 1 for ids in texts))
         assert c.dtype == np.float32
         np.testing.assert_allclose(c, want, rtol=1e-4, atol=1e-5 * np.abs(want).max(), err_msg=name)
 
@@ -99,13 +104,14 @@ def test_eight_devices_give_the_same_statistics(tiny_model_dir, texts, moments):
 # ---------------------------------------------------------------- G
 
 
-def test_gradient_moments_equal_torchs(torch, model, tiny_model_dir, texts):
+@pytest.mark.parametrize("last", [False, True])
+def test_gradient_moments_equal_torchs(torch, model, tiny_model_dir, texts, last):
     """The labels come from `sampled`, by the rule that the code states; everything else is torch's."""
     from transformers import AutoModelForCausalLM
 
     reference = AutoModelForCausalLM.from_pretrained(str(tiny_model_dir), dtype=torch.float64)
-    found = gradient_moments(model.spec, model.weights, SITE, texts[:20], model.mesh, 32, seed=3)
-    sums, at = dict.fromkeys(SITE, 0), 0
+    found = gradient_moments(model.spec, model.weights, SITE, texts[:20], model.mesh, 32, seed=3, last=last)
+    sums, at, used = dict.fromkeys(SITE, 0), 0, slice(-1 if last else 1, None)
     for name in SITE:
         module = reference.get_submodule(name.removesuffix(".weight"))
         module.register_forward_hook(lambda m, i, out, name=name: kept.__setitem__(name, out))
@@ -115,11 +121,11 @@ def test_gradient_moments_equal_torchs(torch, model, tiny_model_dir, texts):
         scores = reference(torch.tensor([ids])).logits[0].log_softmax(-1)
         labels = draw(at + jnp.arange(len(ids)), jnp.asarray(scores.detach().numpy(), jnp.float32))
         at += len(ids) + 1  # a corpus has one more token a text
-        own = scores.gather(1, torch.tensor(np.asarray(labels, np.int64))[:, None])[1:].sum()
+        own = scores.gather(1, torch.tensor(np.asarray(labels, np.int64))[:, None])[used].sum()
         for name, g in zip(SITE, torch.autograd.grad(own, [kept[n] for n in SITE]), strict=True):
-            sums[name] += (g[0, 1:].T @ g[0, 1:]).numpy()
+            sums[name] += (g[0, used].T @ g[0, used]).numpy()
     for name, got in found.items():
-        want = sums[name] / sum(len(ids) - 1 for ids in texts[:20])
+        want = sums[name] / (20 if last else sum(len(ids) - 1 for ids in texts[:20]))
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4 * np.abs(want).max(), err_msg=name)
 
