@@ -30,10 +30,18 @@ FIGURES = ("reliability", "generalization", "lost", "capability", "steps", "seco
 KEPT = "KEPT"  # stands for the file of facts that may be retained
 METHODS: dict[str, dict[str, Any]] = {
     "plain-one-layer": {"lr": 5e-4, "layer": 6},
+    "plain-slowest": {"lr": 1.45e-4},
     "plain-slow": {"lr": 1.6e-4},
     "plain": {"lr": 2e-4},
+    "plain-fast": {"lr": 3e-4},
     # Sources that show no retained fact, but those that the model says by itself.
     "soft-model": {"lr": 3.7e-4, "preserve": "soft", "preserve_data": "model"},
+    "soft-model-fast": {
+        "lr": 1e-3,
+        "preserve": "soft",
+        "preserve_strength": 30.0,
+        "preserve_data": "model",
+    },
     "null-model": {"lr": 2e-4, "preserve": "null", "preserve_data": "model"},
     "kfac-model": {"lr": 1e-3, "preserve": "kfac", "preserve_strength": 3.0, "preserve_data": "model"},
     "kl-model": {"lr": 2.2e-4, "preserve_kl": 3.0, "preserve_data": "model"},
