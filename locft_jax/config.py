@@ -79,6 +79,12 @@ class Config:
             object.__setattr__(self, key, _checked(key, getattr(self, key), "Config"))
         if self.eval_every is not None and not self.evaluate:
             raise UserError(f"Config: `eval_every: {self.eval_every}` needs evaluate: true")
+        preserves = self.preserve != "none" or bool(self.preserve_kl)
+        if preserves and self.preserve_tokens == "last" and self.preserve_data in (None, "model"):
+            raise UserError(
+                "Config: `preserve_tokens: last` is for prompts, and the texts are the model's own; set "
+                "preserve_data to a file of prompts or to templates, or use preserve_tokens=all"
+            )
         strength = self.preserve_strength
         if self.preserve == "null" and strength is not None and strength >= 1:
             raise UserError(

@@ -33,7 +33,7 @@ def edited(model):
 def ours(model, mode, layer, value, ids=IDS, tokens="all"):
     """(divergence, its gradient at SITE) of the first retained mini-batch."""
     source, budgets = Source(np.zeros((0, 1)), layer, mode), (0.0 if mode == "host" else 1e9, 1e9)
-    config = Config(preserve_kl=2, row_length=32, preserve_tokens=tokens)
+    config = Config(preserve_kl=2, row_length=32, preserve_tokens=tokens, preserve_data="templates")
     kept = make_keep(model, [SITE], source, config, ids, budgets)(0)
 
     def measure(value):
