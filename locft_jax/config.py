@@ -79,12 +79,6 @@ class Config:
             object.__setattr__(self, key, _checked(key, getattr(self, key), "Config"))
         if self.eval_every is not None and not self.evaluate:
             raise UserError(f"Config: `eval_every: {self.eval_every}` needs evaluate: true")
-        preserves = self.preserve != "none" or bool(self.preserve_kl)
-        if preserves and self.preserve_tokens == "last" and self.preserve_data in (None, "model"):
-            raise UserError(
-                "Config: `preserve_tokens: last` is for prompts, and the texts are the model's own; set "
-                "preserve_data to a file of prompts or to templates, or use preserve_tokens=all"
-            )
         strength = self.preserve_strength
         if self.preserve == "null" and strength is not None and strength >= 1:
             raise UserError(
@@ -123,13 +117,7 @@ def load_config(
     for key, note in IGNORED.items():
         if values.get(key) is not None:
             say(f"`{key}: {shown(values[key])}` is ignored: {note}")
-    config = Config(**values, source="" if path is None else str(path))
-    uses = {"preserve_strength": config.preserve != "none"}
-    uses["preserve_data"] = uses["preserve_strength"] or bool(config.preserve_kl)
-    for key, used in uses.items():
-        if getattr(config, key) is not None and not used:
-            say(f"`{key}: {shown(getattr(config, key))}` is ignored: nothing that is set preserves by it")
-    return config
+    return Config(**values, source="" if path is None else str(path))
 
 
 def config_from_dict(values: Mapping[str, Any], where: str) -> Config:

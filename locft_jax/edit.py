@@ -22,7 +22,7 @@ from locft_jax.data.requests import read_requests
 from locft_jax.data.streaming import extend, read_earlier, streaming_report, to_record
 from locft_jax.editing.checkpoint import describe_run, finished, guarded, open_run
 from locft_jax.editing.preserve import check_preserve
-from locft_jax.editing.retained import check_retained, retained_texts
+from locft_jax.editing.retained import check_retained, retained_texts, unused
 from locft_jax.editing.run import check_fit, choose_site, encode_requests, last_delta
 from locft_jax.errors import UserError
 from locft_jax.evaluation.metrics import make_probes
@@ -72,7 +72,7 @@ def carry_out(args: argparse.Namespace) -> None:
     if config.evaluate:
         probes = make_probes(data.requests, config.eval_sample, config.seed, config.augment_rephrases)
         check_probes(tokenizer, checkpoint.spec, probes, capability, config.chat_template)
-    notes = check_fit(checkpoint, config, site, corpus, mesh)
+    notes = unused(config) + check_fit(checkpoint, config, site, corpus, mesh)
     if first:
         export.check_space(out, checkpoint, site, config.export, store)
     start = last_delta(earlier.folder, checkpoint, site) if earlier and args.start_from == "last" else None

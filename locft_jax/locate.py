@@ -24,7 +24,7 @@ from locft_jax.data.tokens import Corpus
 from locft_jax.editing.augment import written_prefixes
 from locft_jax.editing.checkpoint import describe_run
 from locft_jax.editing.preserve import check_preserve
-from locft_jax.editing.retained import check_retained, retained_texts
+from locft_jax.editing.retained import check_retained, retained_texts, unused
 from locft_jax.editing.run import check_fit, encode_requests
 from locft_jax.errors import UserError
 from locft_jax.evaluation.metrics import make_probes
@@ -72,7 +72,7 @@ def carry_out(args: argparse.Namespace) -> None:
     corpus = encode_requests(tokenizer, data.requests, config, checkpoint.spec)
     probes = make_probes(data.requests, config.eval_sample, config.seed, config.augment_rephrases)
     check_probes(tokenizer, checkpoint.spec, probes, capability, config.chat_template)
-    notes = check_places(plan.all(), checkpoint, config, corpus, mesh)
+    notes = unused(config) + check_places(plan.all(), checkpoint, config, corpus, mesh)
     run = describe_run(config, data, capability, checkpoint, (), mesh, None, retained) | plan.told()
     over = first and args.resume and finished(out, run)
     hosts.agree(run)

@@ -285,29 +285,6 @@ def test_hparams_of_the_reference_run_unchanged(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("source", [None, "model"])
-@pytest.mark.parametrize("method", [{"preserve": "soft"}, {"preserve_kl": 1}])
-def test_the_models_own_texts_are_no_prompts(method, source):
-    with pytest.raises(UserError, match="`preserve_tokens: last` is for prompts"):
-        Config(preserve_tokens="last", preserve_data=source, **method)
-    Config(preserve_tokens="last", preserve_data="templates", **method)
-    Config(preserve_tokens="last", preserve_data=source)  # of no consequence
-
-
-@pytest.mark.parametrize(
-    "pairs, ignored",
-    [
-        (["preserve_strength=3", "preserve_data=model"], ["preserve_strength: 3.0", "preserve_data: model"]),
-        (["preserve_strength=3", "preserve_data=model", "preserve_kl=1"], ["preserve_strength: 3.0"]),
-        (["preserve_strength=3", "preserve_data=model", "preserve=soft"], []),
-    ],
-)
-def test_notes_on_what_preserves_nothing(capsys, pairs, ignored):
-    load_config(None, [MODEL, *pairs])
-    notes = capsys.readouterr().err.splitlines()
-    assert [note.split("`")[1] for note in notes] == ignored
-
-
 # ---------------------------------------------------------------- the demo and names
 
 

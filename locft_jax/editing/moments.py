@@ -2,7 +2,8 @@
 outputs, G = E[g g^T], where g is that of the log-likelihood of labels that the model itself draws.
 
 A text's first token is left out: whatever it is, its inputs are nearly the same, and may be so large (an
-attention sink) that they alone would make up the trace, by which strengths are measured.
+attention sink) that they alone would make up the trace, by which strengths are measured. With `last`, only
+a text's last token counts.
 
 Exact up to a width of EXACT. Of wider ones the leading eigenvectors, by randomized subspace iteration (Halko,
 Martinsson, Tropp 2011) in PASSES passes over the texts: a [width, width] matrix is never made."""

@@ -38,12 +38,15 @@ from locft_jax.model.weights import locate_tensor
 from locft_jax.versions import versions
 
 DEFAULT_STRENGTH = {"soft": 10.0, "null": 0.9, "kfac": 1.0}
+LAST_STRENGTH = 3.0  # of soft where the last tokens count: prompts' ends are more alike than words are
 
 Lambdas = dict[str, dict[str, float]]  # HF name -> {"inputs": lambda, "outputs": lambda (kfac)}
 
 
 def strength_of(config: Config) -> float | None:
     """The config's strength, or the method's default; None without a method."""
+    if config.preserve_strength is None and (config.preserve, config.preserve_tokens) == ("soft", "last"):
+        return LAST_STRENGTH
     given = config.preserve_strength
     return given if given is not None else DEFAULT_STRENGTH.get(config.preserve)
 

@@ -14,6 +14,7 @@ from locft_jax.data.records import open_records
 from locft_jax.data.requests import EditRequest
 from locft_jax.data.tokens import prompt_ids
 from locft_jax.errors import UserError
+from locft_jax.flat_yaml import shown
 from locft_jax.model import decoder
 from locft_jax.model.hf import Model
 from locft_jax.model.sharding import fetch, place, rows_sharding
@@ -34,12 +35,28 @@ def source_of(config: Config) -> str:
     return config.preserve_data or "model"
 
 
+def unused(config: Config) -> list[str]:
+    """Notes on the keys that say how to preserve where nothing preserves by them."""
+    uses = {"preserve_strength": config.preserve != "none"}
+    uses |= dict.fromkeys(("preserve_data", "preserve_tokens"), preserves(config))
+    return [
+        f"`{key}: {shown(value)}` is ignored: preserve is none"
+        for key, used in uses.items()
+        if not used and (value := getattr(config, key)) not in (None, "all")
+    ]
+
+
 def retained_texts(config: Config, requests: Sequence[EditRequest]) -> list[str] | None:
     """Texts whose inputs are retained; None where there are none: preserve is off, or the source is the
     model itself. Files: `.txt`, a text a line; `.json`, `.jsonl`, `.csv`, records (also of a Hub
-    set) with `text` or `prompt`. Raises UserError for a file that holds none, and for templates without
-    subjects."""
+    set) with `text` or `prompt`. Raises UserError for a file that holds none, for templates without
+    subjects, and for the model's own texts where they are to be prompts."""
     source = source_of(config)
+    if preserves(config) and source == "model" and config.preserve_tokens == "last":
+        raise UserError(
+            "preserve_tokens: last is for prompts, and the texts are the model's own; set preserve_data to a "
+            "file of prompts or to templates, or use preserve_tokens=all"
+        )
     if not preserves(config) or source == "model":
         return None
     if source == "templates":
@@ -157,7 +174,9 @@ def check_retained(tokenizer: Any, spec: ModelSpec, config: Config, texts: Seque
 
 def _ids(tokenizer: Any, spec: ModelSpec, config: Config, texts: Sequence[str]) -> list[list[int]]:
     ids = prompt_ids(tokenizer, texts, config.chat_template)
-    ids = [i[: spec.max_position] for i in ids if len(i) > 1]
+    last = config.preserve_tokens == "last"  # then a text's end counts
+    window = slice(-spec.max_position, None) if last else slice(spec.max_position)
+    ids = [i[window] for i in ids if len(i) > 1]
     if not ids:
         raise UserError(f"preserve_data: {source_of(config)} holds no text of two tokens or more")
     if max(map(max, ids)) >= spec.vocab_size:

@@ -155,7 +155,8 @@ def kept(case: Case, mesh: Mesh, start: int, mode: str) -> Kept | None:
     lengths = case.corpus.target_start[:TEXTS]
     if source(case.config) == "model":
         lengths = np.full(TEXTS, min(SAMPLE_LENGTH, case.config.row_length))
-    corpus = corpus_from_lists([np.zeros(n + 1, np.int32) for n in lengths], np.ones(len(lengths)))
+    starts = lengths if case.config.preserve_tokens == "last" else np.ones(len(lengths))
+    corpus = corpus_from_lists([np.zeros(n + 1, np.int32) for n in lengths], starts)
     every = np.arange(len(corpus))
     packed_batch = pack(
         corpus, every, fit_shape(corpus, [every], case.config.row_length, mesh.shape["data"]), "token"

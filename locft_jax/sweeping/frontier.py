@@ -10,7 +10,7 @@ from locft_jax.locating.figure import COLOURS, MARKERS, finish, new_figure
 from locft_jax.locating.rule import ENOUGH
 from locft_jax.sweeping.table import label
 
-KEEPING = ("preserve", "preserve_data", "preserve_kl", "preserve_strength")
+KEEPING = ("preserve", "preserve_data", "preserve_kl", "preserve_strength", "preserve_tokens")
 BELOW = 12  # points under the settings to use that the picture reaches
 KEPT, EDITED = ("locality_agreement", "capability"), ("reliability", "generalization")
 
@@ -29,7 +29,8 @@ def method_of(settings: Mapping[str, Any]) -> str:
     own = settings.get("preserve", "none")
     parts = [*([] if own in ("none", None) else [own]), *(["KL"] if settings.get("preserve_kl") else [])]
     source = settings.get("preserve_data")
-    return (" + ".join(parts) + (f", {Path(source).name}" if source else "")) if parts else "plain"
+    last = ", last tokens" if settings.get("preserve_tokens") == "last" else ""
+    return (" + ".join(parts) + (f", {Path(source).name}" if source else "") + last) if parts else "plain"
 
 
 def pick(rows: Sequence[Row]) -> Row:

@@ -16,8 +16,8 @@ from locft_jax.edit import main as edit
 from locft_jax.editing import moments as moments_module
 from locft_jax.editing import pipeline, preserve
 from locft_jax.editing.moments import Leading, gradient_moments, layer_inputs, second_moments
-from locft_jax.editing.preserve import input_matrix, lambda_of, low_rank
-from locft_jax.editing.retained import retained_texts, sample_model, template_texts
+from locft_jax.editing.preserve import input_matrix, lambda_of, low_rank, strength_of
+from locft_jax.editing.retained import retained_ids, retained_texts, sample_model, template_texts, unused
 from locft_jax.editing.step import Hyper, make_optimizer
 from locft_jax.model import decoder
 from locft_jax.model.hf import load_model
@@ -321,6 +321,34 @@ def test_files_of_texts(tmp_path):
         assert retained_texts(config, []) == ["one text", "another"]
 
 
+def test_of_a_long_prompt_the_end_is_kept(model):
+    config = Config(preserve="soft", preserve_tokens="last", preserve_data="prompts.txt")
+    texts = ["a b " * model.spec.max_position + "c"]
+    (whole,) = model.tokenizer(texts, add_special_tokens=False).input_ids
+    assert len(whole) > model.spec.max_position
+    (ids,) = retained_ids(model, config, texts)
+    assert ids == whole[-model.spec.max_position :]
+
+
+def test_where_last_tokens_count_soft_is_weaker_by_default():
+    assert strength_of(Config(preserve="soft")) == 10
+    assert strength_of(Config(preserve="soft", preserve_tokens="last", preserve_data="templates")) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({}, ["preserve_strength", "preserve_data", "preserve_tokens"]),
+        ({"preserve_kl": 1}, ["preserve_strength"]),
+        ({"preserve": "soft"}, []),
+    ],
+)
+def test_notes_on_what_preserves_nothing(changes, keys):
+    config = Config(preserve_strength=3, preserve_data="templates", preserve_tokens="last", **changes)
+    assert [note.split("`")[1].split(":")[0] for note in unused(config)] == keys
+    assert unused(Config(**changes)) == []
+
+
 # ---------------------------------------------------------------- refused before weights load
 
 
@@ -328,6 +356,7 @@ def test_files_of_texts(tmp_path):
     ("changes", "says"),
     [
         ({"preserve": "hard"}, "it must be one of none, soft, null, kfac"),
+        ({"preserve": "soft", "preserve_tokens": "last"}, "preserve_tokens: last is for prompts"),
         ({"preserve_kl": -1}, "a number >= 0"),
         ({"preserve_kl": 1, "preserve_data": "missing.txt"}, "preserve_data: missing.txt"),
         ({"preserve": "soft", "preserve_strength": 0}, "a number > 0"),
