@@ -55,7 +55,7 @@ def test_words_compare_with_plain_at_its_best_and_give_lines_to_paste():
         ({"preserve": "none", "preserve_kl": 0}, "plain"),
         ({"preserve": "kfac", "preserve_data": "a/b.txt"}, "kfac, b.txt"),
         ({"preserve": "soft", "preserve_kl": 2}, "soft + KL"),
-        ({"preserve": "soft", "preserve_data": "b.txt", "preserve_tokens": "last"}, "soft, b.txt, last tokens"),
+        ({"preserve_kl": 2, "preserve_data": "b.txt", "preserve_tokens": "last"}, "KL, b.txt, last tokens"),
         ({"preserve_kl": 2}, "KL"),
     ],
 )
