@@ -8,7 +8,9 @@ share of answers about the other half (a sample of the probes) that are no longe
 rephrases of an edit one is trained, the others are asked. METHODS were tuned on seeds 0 and 9.
 `--sequential`: 10 batches of 50 edits, each edited into the model that the one before left.
 
-Prints each method's figures, their mean and spread (standard deviation), and one JSON line last.
+Prints each method's figures, their mean and spread (standard deviation), what it loses of what plain
+LocFT-BF loses at the same generalization (on the lines between plain's rows of the same layers), and one
+JSON line last.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from common import finish, hardware
 
 from locft_jax import Config, edit, evaluate, load_model
@@ -125,6 +128,18 @@ def run(
     return {**figures, "lost": 1 - figures["locality"], "steps": steps, "seconds": seconds}
 
 
+def of_plain(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Method -> `lost` as a share of plain's at the same mean generalization, where plain has that."""
+    plain = [r["mean"] for r in rows if not {"preserve", "preserve_kl", "layer"} & r.keys()]
+    line = sorted((m["generalization"], m["lost"]) for m in plain)
+    found = {}
+    for row in rows:
+        at, lost = row["mean"]["generalization"], row["mean"]["lost"]
+        if line and row["mean"] not in plain and line[0][0] <= at <= line[-1][0]:
+            found[row["method"]] = lost / float(np.interp(at, *zip(*line, strict=True)) or 1)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -160,7 +175,16 @@ def main() -> None:
         rows.append(row)
         told = "  ".join(f"{k} {row['mean'][k]:.3f} ± {row['spread'][k]:.3f}" for k in FIGURES)
         print(f"{name:16} mean    {told}", flush=True)
-    result = {"benchmark": "preserve", "hardware": hardware(), "seeds": args.seeds, "rows": rows}
+    shares = of_plain(rows)
+    for name, share in shares.items():
+        print(f"{name:16} loses {share:.0%} of plain's at the same generalization")
+    result = {
+        "benchmark": "preserve",
+        "of_plain": shares,
+        "hardware": hardware(),
+        "seeds": args.seeds,
+        "rows": rows,
+    }
     finish(result | {"sequential": args.sequential}, args.out)
 
 

@@ -19,6 +19,7 @@ from locft_jax.config import Config
 from locft_jax.data.tokens import Batch, corpus_from_lists, fit_shape, pack
 from locft_jax.editing.pipeline import place_batch
 from locft_jax.editing.prefix import Source, cached_source, choose_mode
+from locft_jax.editing.retained import window
 from locft_jax.editing.step import Kept, target_logits
 from locft_jax.model.hf import Model
 from locft_jax.model.sharding import fetch, place, replicated, source_sharding, width_split
@@ -58,11 +59,9 @@ def make_keep(
     if not config.preserve_kl:
         return lambda visit: None
     rng = np.random.default_rng([config.seed, len(ids)])
-    last = config.preserve_tokens == "last"
-    window = slice(-config.row_length, None) if last else slice(config.row_length)
-    parts = [ids[i][window] for i in rng.permutation(len(ids))[:MOST]]
+    parts = [ids[i][window(config, config.row_length)] for i in rng.permutation(len(ids))[:MOST]]
     # A batch does not read a text's last token, so each gets one more.
-    starts = [len(part) if last else 1 for part in parts]
+    starts = [len(part) if config.preserve_tokens == "last" else 1 for part in parts]
     corpus = corpus_from_lists([[*part, part[-1]] for part in parts], starts)
     mesh, weights = model.mesh, model.weights
     base = model.with_edits(model.originals(site)).edits  # what the edit begins from, int8 or not

@@ -45,10 +45,10 @@ Lambdas = dict[str, dict[str, float]]  # HF name -> {"inputs": lambda, "outputs"
 
 def strength_of(config: Config) -> float | None:
     """The config's strength, or the method's default; None without a method."""
-    if config.preserve_strength is None and (config.preserve, config.preserve_tokens) == ("soft", "last"):
-        return LAST_STRENGTH
-    given = config.preserve_strength
-    return given if given is not None else DEFAULT_STRENGTH.get(config.preserve)
+    if config.preserve_strength is not None:
+        return config.preserve_strength
+    prompts = (config.preserve, config.preserve_tokens) == ("soft", "last")
+    return LAST_STRENGTH if prompts else DEFAULT_STRENGTH.get(config.preserve)
 
 
 def told(config: Config, lambdas: Lambdas) -> dict[str, Any] | None:

@@ -35,6 +35,11 @@ def source_of(config: Config) -> str:
     return config.preserve_data or "model"
 
 
+def window(config: Config, most: int) -> slice:
+    """Which `most` tokens of a longer text count: its last ones where it is a prompt, else its first."""
+    return slice(-most, None) if config.preserve_tokens == "last" else slice(most)
+
+
 def unused(config: Config) -> list[str]:
     """Notes on the keys that say how to preserve where nothing preserves by them."""
     uses = {"preserve_strength": config.preserve != "none"}
@@ -174,9 +179,7 @@ def check_retained(tokenizer: Any, spec: ModelSpec, config: Config, texts: Seque
 
 def _ids(tokenizer: Any, spec: ModelSpec, config: Config, texts: Sequence[str]) -> list[list[int]]:
     ids = prompt_ids(tokenizer, texts, config.chat_template)
-    last = config.preserve_tokens == "last"  # then a text's end counts
-    window = slice(-spec.max_position, None) if last else slice(spec.max_position)
-    ids = [i[window] for i in ids if len(i) > 1]
+    ids = [i[window(config, spec.max_position)] for i in ids if len(i) > 1]
     if not ids:
         raise UserError(f"preserve_data: {source_of(config)} holds no text of two tokens or more")
     if max(map(max, ids)) >= spec.vocab_size:
