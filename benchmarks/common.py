@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from locft_jax.data.tokens import Corpus, corpus_from_lists
+from locft_jax.data.packing import Corpus, corpus_from_lists
 from locft_jax.model.spec import ModelSpec, parse_spec
 
 SHAPES: dict[str, dict[str, Any]] = {

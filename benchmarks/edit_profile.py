@@ -24,7 +24,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import finish, hardware, layer_parameters, llama_spec, matmul_rate, seconds
-from locft_jax.data.tokens import Rows
+from locft_jax.data.packing import Rows
 from locft_jax.model import decoder
 from locft_jax.model.weights import init_weights
 

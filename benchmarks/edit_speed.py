@@ -25,12 +25,13 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import epoch_flops, finish, hardware, llama_config, matmul_rate, zsre_like
-from locft_jax.data.tokens import Corpus, epoch_batches
-from locft_jax.editing.pipeline import Schedule, run_pipeline, run_shape
-from locft_jax.editing.prefix import cached_source
+from locft_jax.data.packing import Corpus, epoch_batches
 from locft_jax.editing.site import find_site, parameters, read_site
 from locft_jax.editing.step import Hyper, init_state
-from locft_jax.model.hf import load_weights, open_checkpoint
+from locft_jax.editing.trainer import Schedule, run_pipeline, run_shape
+from locft_jax.io.hf_folder import open_checkpoint
+from locft_jax.io.hf_load import load_weights
+from locft_jax.model.activation_cache import cached_source
 from locft_jax.model.sharding import make_mesh
 
 SEED, RATE, ROW = 0, 5e-4, 64

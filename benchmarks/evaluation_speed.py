@@ -31,19 +31,21 @@ from benchmarks.tiny import tiny_model
 from locft_jax import api
 from locft_jax.config import DEMO_CONFIG, load_config
 from locft_jax.data.capability import read_capability
+from locft_jax.data.packing import Corpus
 from locft_jax.data.requests import read_requests
-from locft_jax.data.tokens import Corpus
-from locft_jax.editing.pipeline import Schedule, run_pipeline
-from locft_jax.editing.prefix import cached_source
 from locft_jax.editing.run import choose_site
 from locft_jax.editing.site import find_site, first_layer, read_site
 from locft_jax.editing.step import Hyper, init_state
-from locft_jax.evaluation.answers import ProbeCache, answer
-from locft_jax.evaluation.generate import Reader
-from locft_jax.evaluation.metrics import NEW_TOKENS, make_probes, matches, stop_tables
-from locft_jax.evaluation.run import ask, later_guesses, prepare, probe_cache
-from locft_jax.model.delta import load_delta
-from locft_jax.model.hf import load_model, load_weights, open_checkpoint
+from locft_jax.editing.trainer import Schedule, run_pipeline
+from locft_jax.evaluation.ask import ask, later_guesses, probe_cache
+from locft_jax.evaluation.probes import NEW_TOKENS, make_probes, prepare
+from locft_jax.evaluation.scoring import matches, stop_tables
+from locft_jax.evaluation.verify import ProbeCache, answer
+from locft_jax.io.delta import load_delta
+from locft_jax.io.hf_folder import open_checkpoint
+from locft_jax.io.hf_load import load_model, load_weights
+from locft_jax.model.activation_cache import cached_source
+from locft_jax.model.decode import Reader
 from locft_jax.model.sharding import make_mesh
 from locft_jax.model.weights import take_tensor
 
@@ -143,7 +145,7 @@ def demo_case(
     free = [item for item in read_capability(config.capability_data) if not item.choices]
     asked = prepare(model, make_probes(data.requests, sample, SEED), free[:sample])
     site = choose_site(model.spec, config)
-    before = model.with_edits({n: np.asarray(take_tensor(model.spec, model.weights, n)) for n in site})
+    before = model.with_overrides({n: np.asarray(take_tensor(model.spec, model.weights, n)) for n in site})
     after = model.apply(load_delta(delta)) if delta else api.edit(model, data, config).edited
     reference = torch_model(torch, config.model_name_or_path, device)
     official, eos_only = stop_tables(model.tokenizer, model.spec.vocab_size, model.eos)
@@ -168,7 +170,7 @@ def demo_case(
         full = model.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return verdicts([until(a, official) for a in answers], full)
 
-    first = ask(before, before.edits, asked, None, config.row_length)
+    first = ask(before, before.overrides, asked, None, config.row_length)
     rows = []
     for when, now, guesses in (
         ("before", before, asked.guesses),
@@ -178,10 +180,10 @@ def demo_case(
         def ours(when: str = when, now: Any = now, guesses: Any = guesses) -> Answered:
             if when == "before":
                 caches[:] = [probe_cache(model, asked, layer, config, 0)]
-            answers = ask(now, now.edits, asked, guesses, config.row_length, kept=caches[0])
+            answers = ask(now, now.overrides, asked, guesses, config.row_length, kept=caches[0])
             return verdicts(answers.tokens, answers.full), answers.proved
 
-        put(torch, reference, dict(now.edits))
+        put(torch, reference, dict(now.overrides))
         rows.append(compare("demo model" if folder is None else "model", when, ours, theirs, repeats))
     return rows
 

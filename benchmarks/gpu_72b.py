@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 from common import epoch_flops, finish, hardware, zsre_like
 
-from locft_jax.editing.pipeline import Schedule, StepRecord, run_pipeline, run_shape
-from locft_jax.editing.prefix import cached_source
 from locft_jax.editing.site import find_site, parameters, read_site
 from locft_jax.editing.step import Hyper, init_state
+from locft_jax.editing.trainer import Schedule, StepRecord, run_pipeline, run_shape
+from locft_jax.model.activation_cache import cached_source
 from locft_jax.model.quantize import Quantized
 from locft_jax.model.sharding import make_mesh
 from locft_jax.model.spec import ModelSpec, parse_spec

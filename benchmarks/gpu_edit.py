@@ -30,10 +30,10 @@ import numpy as np
 
 from benchmarks.common import epoch_flops, finish, hardware, llama_config, llama_spec, zsre_like
 from benchmarks.edit_speed import RATE, SEED, torch_loop
-from locft_jax.editing.pipeline import Schedule, run_pipeline, run_shape
-from locft_jax.editing.prefix import cached_source
 from locft_jax.editing.site import find_site, parameters, read_site
 from locft_jax.editing.step import Hyper, init_state
+from locft_jax.editing.trainer import Schedule, run_pipeline, run_shape
+from locft_jax.model.activation_cache import cached_source
 from locft_jax.model.sharding import make_mesh
 from locft_jax.model.weights import init_weights
 

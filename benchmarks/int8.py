@@ -23,12 +23,13 @@ from common import finish, hardware
 from locft_jax import edit, evaluate, load_model
 from locft_jax.config import load_config
 from locft_jax.data.capability import read_capability
+from locft_jax.data.packing import Corpus
 from locft_jax.data.requests import read_requests
-from locft_jax.data.tokens import Corpus
 from locft_jax.editing.run import encode_requests
-from locft_jax.evaluation.metrics import matches
+from locft_jax.evaluation.scoring import matches
+from locft_jax.io.hf_save import save_hf
 from locft_jax.model import decoder
-from locft_jax.model.hf import Model, save_hf
+from locft_jax.model.model import Model
 
 NEAR = 0.02  # what counts as the same rate
 SMALL = ["num_edits=4", "num_steps=2", "eval_sample=3", "capability_data=[]"]
@@ -89,7 +90,7 @@ def main() -> None:
                 run = dataclasses.replace(config, seed=seed, weights=weights)
                 result = edit(models[weights], data, run, skills)
                 folder = Path(scratch) / f"{name}-{seed}"
-                save_hf(exact.checkpoint, result.delta.new, folder)
+                save_hf(exact.folder, result.delta.new, folder)
                 runs[name].append(measure(load_model(str(folder), mesh=config.mesh)))
                 if name == "int8":
                     runs["int8 as it ran"].append(result.report["after"])

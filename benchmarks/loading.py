@@ -96,7 +96,8 @@ def load(folder: Path) -> float:
     """Seconds to open, load and check the model, as every command does."""
     import jax
 
-    from locft_jax.model.hf import load_opened, open_checkpoint
+    from locft_jax.io.hf_folder import open_checkpoint
+    from locft_jax.io.hf_load import load_opened
     from locft_jax.model.sharding import make_mesh
 
     mesh = make_mesh({"data": 1, "model": 1}, jax.devices()[:1])

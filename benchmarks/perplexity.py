@@ -18,12 +18,12 @@ from common import finish, hardware
 
 from locft_jax import Config, edit, load_model
 from locft_jax.config import DEMO_FOLDER
+from locft_jax.data.packing import Corpus, corpus_from_lists
 from locft_jax.data.requests import read_requests
-from locft_jax.data.tokens import Corpus, corpus_from_lists
-from locft_jax.editing.retained import sample_model
-from locft_jax.evaluation.answers import score_corpus
-from locft_jax.evaluation.generate import Reader
-from locft_jax.model.hf import Model
+from locft_jax.editing.regularizers.texts import sample_model
+from locft_jax.evaluation.verify import score_corpus
+from locft_jax.model.decode import Reader
+from locft_jax.model.model import Model
 
 FIGURES = ("reliability", "generalization", "locality_agreement", "perplexity", "steps", "seconds")
 METHODS: dict[str, dict[str, Any]] = {
@@ -41,7 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def perplexity(model: Model, corpus: Corpus) -> float:
     """exp of the mean negative log-likelihood of every token after the first."""
-    reader = Reader(model.spec, model.weights, model.edits, model.mesh)
+    reader = Reader(model.spec, model.weights, model.overrides, model.mesh)
     logs = [logprob for _, _, logprob in score_corpus(reader, corpus)]
     return float(np.exp(-np.concatenate(logs).mean()))
 

@@ -1,4 +1,4 @@
-"""Edits that arrive over time: batches of demo edits, each added with `--continue-from` to those before.
+"""Overrides that arrive over time: batches of demo edits, each added with `--continue-from` to those before.
 
     python benchmarks/streaming.py [--batches 10] [--size 50] [--start-from base|last] [--small]
 
@@ -13,10 +13,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from locft_jax.commands import run_command
+from locft_jax.cli.command import run_command
+from locft_jax.cli.edit import main as edit
 from locft_jax.config import DEMO_CONFIG
 from locft_jax.demo.world import make_edits, make_world
-from locft_jax.edit import main as edit
 
 
 def stream(batches: int, size: int, start: str, place: Path, more: list[str]) -> list[dict[str, Any]]:

@@ -1,5 +1,7 @@
 """The Python API: what the commands do, in a few lines.
 
+from locft_jax.io.hf_load import originals
+from locft_jax.evaluation.probes import Answers
 from locft_jax import load_model, edit, evaluate
 
 model = load_model("path/or/hub-id")
@@ -15,38 +17,28 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from locft_jax.card import make_card, model_name
 from locft_jax.config import Config, config_to_dict
 from locft_jax.data.capability import CapabilityItem
 from locft_jax.data.requests import EditData, EditRequest, requests_from_records
 from locft_jax.editing.augment import written_prefixes
-from locft_jax.editing.checkpoint import Checkpoints
-from locft_jax.editing.pipeline import StepRecord
-from locft_jax.editing.preserve import check_preserve, told
-from locft_jax.editing.retained import retained_ids, retained_texts
+from locft_jax.editing.checkpointer import Checkpointer
+from locft_jax.editing.regularizers.preconditioner import check_preserve, told
+from locft_jax.editing.regularizers.texts import retained_ids, retained_texts
 from locft_jax.editing.run import choose_site, encode_requests, run_edit
 from locft_jax.editing.site import first_layer
-from locft_jax.evaluation.answers import ProbeCache
+from locft_jax.editing.trainer import StepRecord
+from locft_jax.evaluation.ask import ask, differing_share, later_guesses, probe_cache
 from locft_jax.evaluation.dynamics import Dynamics
-from locft_jax.evaluation.metrics import make_probes, unreachable
-from locft_jax.evaluation.run import (
-    Answers,
-    Asked,
-    agreement,
-    ask,
-    by_batch,
-    counts,
-    differing_share,
-    figures,
-    later_guesses,
-    predictions,
-    prepare,
-    probe_cache,
-)
-from locft_jax.model.delta import Delta, make_delta
-from locft_jax.model.hf import Model, to_checkpoint_dtype
+from locft_jax.evaluation.probes import Answers, Asked, make_probes, prepare
+from locft_jax.evaluation.scoring import agreement, by_batch, counts, figures, predictions, unreachable
+from locft_jax.evaluation.verify import ProbeCache
+from locft_jax.io.delta import Delta, make_delta
+from locft_jax.io.hf_load import originals
+from locft_jax.io.hf_save import to_checkpoint_dtype
+from locft_jax.io.model_card import make_card, model_name
+from locft_jax.logs import Bar
+from locft_jax.model.model import Model
 from locft_jax.model.weights import take_tensor
-from locft_jax.progress import Bar
 from locft_jax.versions import versions
 
 # Keys that say nothing about the tensors of a delta: the same edit is the same bytes whatever they are.
@@ -79,12 +71,12 @@ def edit(
     capability: Sequence[CapabilityItem] = (),
     *,
     start: Mapping[str, Any] | None = None,
-    checkpoints: Checkpoints | None = None,
+    checkpoints: Checkpointer | None = None,
     show: bool = False,
     on_step: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> EditResult:
     """Edit facts into a model by LocFT-BF and measure it before and after. Pure: `model` is not
-    changed. Edits that it carries already stay, and are part of the new delta.
+    changed. Overrides that it carries already stay, and are part of the new delta.
 
     `start`: values for the site's tensors to begin with (HF name -> matrix), such as an earlier
     delta's `new`; `checkpoints`: where the run's state is kept, and where it goes on if it was
@@ -108,7 +100,7 @@ def edit(
         asked = prepare(model, probes, capability, config.chat_template)
         # The site's own tensors as edits: the same compiled code then serves before and after.
         own = {n: take_tensor(model.spec, model.weights, n) for n in site}
-        unedited = model.with_edits({**own, **model.originals(site), **model.edits}).edits
+        unedited = model.with_overrides({**own, **originals(model, site), **model.overrides}).overrides
         kept = checkpoints and checkpoints.kept_before()
         if kept:
             before, seconds["before"] = Answers(**kept["answers"]), kept["seconds"]
@@ -141,18 +133,18 @@ def edit(
         done = dataclasses.replace(done, seconds=done.seconds - dynamics.seconds())
     seconds["edit"] = done.seconds
 
-    edited = model.with_edits(done.tensors)
+    edited = model.with_overrides(done.tensors)
     if asked is not None and before is not None:
         guesses = later_guesses(asked, before)
-        after = _ask(model, edited.edits, asked, guesses, config, "after", seconds, show, cache)
+        after = _ask(model, edited.overrides, asked, guesses, config, "after", seconds, show, cache)
     report = _report(model, config, data, site, done, asked, before, after, seconds)
     if asked is not None and after is not None:
         report["evaluation_differs"] = differing_share(
-            model, edited.edits, asked, after, config.row_length, config.seed
+            model, edited.overrides, asked, after, config.row_length, config.seed
         )
     delta = make_delta(
-        model.checkpoint,
-        {**to_checkpoint_dtype(model.checkpoint, model.edits), **done.tensors},
+        model.folder,
+        {**to_checkpoint_dtype(model.folder, model.overrides), **done.tensors},
         {
             "config": {k: v for k, v in config_to_dict(config).items() if k not in UNTOLD},
             "data_sha256": data.sha256,
@@ -161,7 +153,7 @@ def edit(
             **({"preserve": report["preserve"]} if report["preserve"] else {}),
         },
     )
-    card = make_card(model_name(model.checkpoint, config.model_name_or_path), report, delta)
+    card = make_card(model_name(model.folder, config.model_name_or_path), report, delta)
     delta = dataclasses.replace(delta, metadata={**delta.metadata, "cards": json.dumps([card])})
     report |= {
         "batches": _batches(data, asked, after),
@@ -174,7 +166,7 @@ def edit(
 
 
 def _batches(data: EditData, asked: Asked | None, after: Answers | None) -> list[dict[str, Any]]:
-    """Edits that came together (data/streaming.py; a plain run has one batch), and how they do."""
+    """Overrides that came together (data/streaming.py; a plain run has one batch), and how they do."""
     sizes = Counter(r.batch for r in data.requests)
     count = 1 + max(sizes)
     rates = by_batch(asked, after, count) if asked and after else [{"reliability": None}] * count
@@ -199,7 +191,7 @@ def evaluate(
         config.chat_template,
     )
     seconds: dict[str, float | None] = {}
-    answers = _ask(model, model.edits, asked, None, config, "evaluating", seconds, show, None)
+    answers = _ask(model, model.overrides, asked, None, config, "evaluating", seconds, show, None)
     report = {
         "edits": len(data.requests),
         "figures": figures(asked, answers),
@@ -207,7 +199,7 @@ def evaluate(
         "unreachable_targets": sum(unreachable(r.target_new) for r in data.requests),
         "proved_by_one_pass": answers.proved,
         "evaluation_differs": differing_share(
-            model, model.edits, asked, answers, config.row_length, config.seed
+            model, model.overrides, asked, answers, config.row_length, config.seed
         ),
         "seconds": seconds["evaluating"],
     }
@@ -249,7 +241,7 @@ def _report(
     )
     outcome = done.outcome
     return {
-        "model": config.model_name_or_path or model.checkpoint.name,
+        "model": config.model_name_or_path or model.folder.name,
         "site": {"tensors": list(site), "parameters": done.parameters},
         "method": config.method,
         "pipeline": config.pipeline,

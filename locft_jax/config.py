@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from locft_jax.errors import UserError
 from locft_jax.flat_yaml import is_null, read_yaml, shown, split_override
-from locft_jax.progress import say
+from locft_jax.logs import say
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 DEMO_CONFIG = DEMO_FOLDER / "demo.yaml"

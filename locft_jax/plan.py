@@ -1,67 +1,9 @@
-"""Does an edit fit, before there is a machine: `python -m locft_jax.plan CONFIG.yaml --topology v5e:4x4`.
+"""`python -m locft_jax.plan`: the same program as `locft plan`."""
 
-Compiles the programs of the edit for a TPU topology with the TPU's own compiler, on any machine and without
-weights: a folder's or a bare config.json is enough. Nothing is downloaded.
-"""
-
-import argparse
-import json
 import sys
-from pathlib import Path
 
-from rich.console import Console
-
-from locft_jax.commands import run_command
-from locft_jax.config import load_config
-from locft_jax.planning.case import make_case
-from locft_jax.planning.fit import plan, smallest
-from locft_jax.planning.report import as_report, print_plan
-from locft_jax.planning.topology import all_slices, larger, parse_topology, prepare_compiler
-from locft_jax.progress import say
-
-
-def main(argv: list[str] | None = None) -> None:
-    """config -> shapes -> topology -> compiler -> table."""
-    args = parse(argv)
-    config = load_config(args.config, args.pairs)
-    topology = None if args.topology == "auto" else parse_topology(args.topology, args.memory)
-    case, notes = make_case(config, args.model_config)
-    if topology is None or topology.compiles:
-        prepare_compiler()
-    for note in notes:
-        say(note)
-    if topology is None:
-        outcome = other = smallest(case, all_slices(), say)
-    else:
-        outcome = plan(case, topology, say)
-        other = outcome if outcome.fits else smallest(case, larger(topology), say)
-    if args.json:
-        print(json.dumps(as_report(case, outcome, other, notes)))
-    else:
-        print_plan(case, outcome, other, Console(markup=False, emoji=False))
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; `pairs` are its key=value overrides."""
-    parser = argparse.ArgumentParser(prog="python -m locft_jax.plan", description=__doc__)
-    add = parser.add_argument
-    add("config", nargs="?", help="YAML file; without it and without a model: the demo")
-    add("--topology", default="auto", metavar="NAME", help="v5e:4x4, v5e-8 (one host), v5p:2x2x1, gpu:8, "
-        "cpu:8, ..., or auto (default): the TPU slice with the least memory that it fits")  # fmt: skip
-    add("--weights", choices=("bf16", "float32", "int8"), help="dtype of the frozen weights (default: the "
-        "config's)")  # fmt: skip
-    add("--batch_size", type=int, metavar="N", help="edits a step (default: the config's)")
-    add("--seq", type=int, metavar="N", help="tokens a packed row (default: the config's row_length)")
-    add("--memory", type=float, metavar="GIB", help="memory of a device, in place of the usual")
-    add("--model-config", type=Path, metavar="FILE", help="config.json of the model, where no folder is here")
-    add("--set", action="append", default=[], nargs="+", metavar="key=value", help="override a key")
-    add("--json", action="store_true", help="one JSON object on standard output in place of the table")
-    args = parser.parse_args(argv)
-    args.pairs = [pair for group in args.set for pair in group]
-    given = {"weights": args.weights, "batch_size": args.batch_size, "row_length": args.seq}
-    args.pairs += [f"{k}={v}".replace("bf16", "bfloat16") for k, v in given.items() if v is not None]
-    return args
-
+from locft_jax.cli.command import run_command
+from locft_jax.cli.plan import main
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

@@ -166,8 +166,8 @@ def edit_arguments(tiny_model_dir: Path, edits_file: Path, skills_file: Path) ->
 @pytest.fixture(scope="session")
 def edit_run(edit_arguments: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the edit command wrote for EDITS. Shared: do not write to it."""
-    from locft_jax.commands import run_command
-    from locft_jax.edit import main
+    from locft_jax.cli.command import run_command
+    from locft_jax.cli.edit import main
 
     out = tmp_path_factory.mktemp("runs") / "edited"
     assert run_command(main, edit_arguments(out)) == 0

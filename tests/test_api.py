@@ -15,7 +15,7 @@ from locft_jax import Config, UserError, edit, evaluate, load_model
 from locft_jax.api import as_data
 from locft_jax.data.capability import read_capability
 from locft_jax.data.requests import EditRequest, read_requests
-from locft_jax.model.delta import load_delta
+from locft_jax.io.delta import load_delta
 
 QUICK = {"evaluate": False, "num_steps": 1}
 SITE = [f"model.layers.2.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
@@ -71,15 +71,15 @@ def test_the_command_is_this_function(result, edit_run, run_report):
 
 def test_the_given_model_is_not_changed(model, result, tiny_model_dir):
     fresh = load_model(str(tiny_model_dir), mesh={"data": 1, "model": 1})
-    assert model.edits == {}
+    assert model.overrides == {}
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), model.weights, fresh.weights))
-    assert result.edited.weights is model.weights and set(result.edited.edits) == set(SITE)
+    assert result.edited.weights is model.weights and set(result.edited.overrides) == set(SITE)
 
 
 def test_applying_the_delta_gives_the_edited_model(model, result, data, capability, config):
     edited = model.apply(result.delta)
     for name in SITE:
-        np.testing.assert_array_equal(edited.edits[name], result.edited.edits[name])
+        np.testing.assert_array_equal(edited.overrides[name], result.edited.overrides[name])
     report, lines = evaluate(edited, data, capability, config)
     after = {k: v for k, v in result.report["after"].items() if k != "locality_agreement"}
     assert report["figures"] == after and after["reliability"] == 1.0

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from locft_jax import ask
-from locft_jax.commands import run_command
+from locft_jax.cli import ask
+from locft_jax.cli.command import run_command
 
 MESH = ["--set", "mesh={data: 1, model: 1}"]
 

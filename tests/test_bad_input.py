@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from locft_jax.ask import main as ask
-from locft_jax.commands import run_command
+from locft_jax.cli.ask import main as ask
+from locft_jax.cli.command import run_command
+from locft_jax.cli.edit import main as edit
+from locft_jax.cli.evaluate import main as evaluate
 from locft_jax.data.requests import read_requests
-from locft_jax.edit import main as edit
 from locft_jax.errors import one_screen, printable
-from locft_jax.evaluate import main as evaluate
-from locft_jax.model import hf, memory
-from locft_jax.model.delta import make_delta, save_delta
+from locft_jax.io import hf_folder, hf_load
+from locft_jax.io.delta import make_delta, save_delta
+from locft_jax.model import memory
 from locft_jax.model.memory import Room
 
 QUICK = {"evaluate": "false", "num_steps": 1, "export": "[]"}
@@ -46,7 +47,7 @@ def refused(capsys, tmp_path, monkeypatch):
 
     def run(main, arguments, loads=False) -> str:
         if not loads:
-            monkeypatch.setattr(hf, "load_weights", lambda *_: pytest.fail("weights were read"))
+            monkeypatch.setattr(hf_load, "load_weights", lambda *_: pytest.fail("weights were read"))
         before = contents(tmp_path)
         assert run_command(main, [str(a) for a in arguments]) == 2
         shown = capsys.readouterr()
@@ -446,7 +447,7 @@ def test_weights_that_are_not_finite(refused, edit_arguments, edits_file, tiny_m
 )
 def test_deltas(refused, tiny_model_dir, edits_file, tmp_path, name, damage, said):
     folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
-    checkpoint = hf.open_checkpoint(str(folder))
+    checkpoint = hf_folder.open_checkpoint(str(folder))
     new = {DOWN: np.zeros(checkpoint.tensors[DOWN].shape, np.float32)}
     save_delta(make_delta(checkpoint, new, {}), folder / "delta.safetensors")
     damage(folder)

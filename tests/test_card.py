@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from locft_jax import card
-from locft_jax.model.delta import load_delta
+from locft_jax.io import model_card
+from locft_jax.io.delta import load_delta
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_no_path_and_no_prompt_stands_in_it(edit_run, report, tiny_model_dir, ed
 
 def test_what_was_not_measured_is_said(report, delta):
     nothing = {**report, "before": dict.fromkeys(report["before"]), "after": dict.fromkeys(report["after"])}
-    rows = cells(card.make_card("m", {**nothing, "conflicts": 3}, delta))
+    rows = cells(model_card.make_card("m", {**nothing, "conflicts": 3}, delta))
     figures = [row for name, row in rows.items() if name.startswith(("reliability", "capability"))]
     assert figures == [["not measured"] * 2] * 2
     assert rows["prompts with several targets"][0].startswith("3: ")
@@ -65,8 +65,8 @@ HOSTILE = ["a|b", "a`b``c", "`", "-->", "<script>", "line\nbreak", "\x1b[2J", "[
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_no_name_breaks_it(report, delta, name):
-    plain = card.make_card("m", report, delta)
-    text = card.make_card(name, report, delta)
+    plain = model_card.make_card("m", report, delta)
+    text = model_card.make_card(name, report, delta)
     assert len(text.splitlines()) == len(plain.splitlines()) and text.isprintable() is False
     assert all(c.isprintable() or c == "\n" for c in text) and text.encode()
     rows, wanted = cells(text), cells(plain)
@@ -79,13 +79,13 @@ def test_no_name_breaks_it(report, delta, name):
 
 
 def test_a_model_is_called_by_its_name(tiny_model_dir, monkeypatch):
-    from locft_jax.model.hf import open_checkpoint
+    from locft_jax.io.hf_folder import open_checkpoint
 
     checkpoint = open_checkpoint(str(tiny_model_dir))
     name = tiny_model_dir.name
-    assert card.model_name(checkpoint, str(tiny_model_dir)) == name
-    assert card.model_name(checkpoint, "owner/name") == "owner/name"  # from the Hub
+    assert model_card.model_name(checkpoint, str(tiny_model_dir)) == name
+    assert model_card.model_name(checkpoint, "owner/name") == "owner/name"  # from the Hub
     monkeypatch.chdir(tiny_model_dir.parent.parent)
-    assert card.model_name(checkpoint, f"{tiny_model_dir.parent.name}/{name}") == name  # a folder
+    assert model_card.model_name(checkpoint, f"{tiny_model_dir.parent.name}/{name}") == name  # a folder
     monkeypatch.chdir(tiny_model_dir)
-    assert card.model_name(open_checkpoint("."), ".") == name
+    assert model_card.model_name(open_checkpoint("."), ".") == name

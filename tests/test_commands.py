@@ -14,12 +14,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from locft_jax import __version__
-from locft_jax.commands import run_command
-from locft_jax.edit import main as edit
+from locft_jax.cli.command import run_command
+from locft_jax.cli.edit import main as edit
+from locft_jax.cli.evaluate import main as evaluate
 from locft_jax.errors import UserError
-from locft_jax.evaluate import main as evaluate
-from locft_jax.model import hf
-from locft_jax.model.delta import BASE
+from locft_jax.io import hf_folder, hf_load
+from locft_jax.io.delta import BASE
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = [f"model.layers.2.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
@@ -221,7 +221,7 @@ def test_a_bfloat16_checkpoint_is_edited_in_float32_and_stored_in_bfloat16(
     changed = {
         p.name for p in model.iterdir() if p.read_bytes() != (tmp_path / "out" / "hf" / p.name).read_bytes()
     }
-    checkpoint = hf.open_checkpoint(str(model))
+    checkpoint = hf_folder.open_checkpoint(str(model))
     assert changed == {checkpoint.tensors[name].file for name in SITE}
     # The distance we state: every step's loss within 3 % of the float32 run's, on the same batches.
     # (bfloat16 keeps 8 bits: 0.4 % a rounding, and a handful of roundings a layer.)
@@ -259,7 +259,7 @@ def test_conflicts_and_unreachable_targets_are_counted_and_the_run_goes_on(edit_
 @pytest.fixture
 def no_weights(monkeypatch):
     """Wrong input is found before any weight is read."""
-    monkeypatch.setattr(hf, "load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(hf_load, "load_weights", lambda *_: pytest.fail("weights were read"))
 
 
 @pytest.fixture

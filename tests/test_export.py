@@ -10,9 +10,8 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from locft_jax import export
 from locft_jax.errors import UserError
-from locft_jax.model import hf
+from locft_jax.io import hf_folder, hf_save, orbax_export, outputs
 from locft_jax.model.sharding import make_mesh
 from locft_jax.versions import versions
 
@@ -30,20 +29,20 @@ def contents(folder: Path) -> dict[str, bytes]:
 def saved(request, tiny_model_dir, make_variant, tmp_path_factory):
     """A checkpoint and an edit of it, saved both ways: (folder with hf/ and orbax/, edited tensor)."""
     place = tmp_path_factory.mktemp(request.param)
-    checkpoint = hf.open_checkpoint(str(make_variant(tiny_model_dir, place / "base", request.param, files=2)))
+    checkpoint = hf_folder.open_checkpoint(str(make_variant(tiny_model_dir, place / "base", request.param, files=2)))
     new = {DOWN: (0.1 * np.arange(32 * 64).reshape(32, 64)).astype(checkpoint.dtype)}
-    hf.save_hf(checkpoint, new, place / "hf")
-    export.save_orbax(checkpoint, new, place / "orbax")
+    hf_save.save_hf(checkpoint, new, place / "hf")
+    orbax_export.save_orbax(checkpoint, new, place / "orbax")
     return place
 
 
 def test_orbax_restores_to_the_tensors_of_hf(saved):
     with ocp.StandardCheckpointer() as reader:
         restored = reader.restore(saved / "orbax")
-    again = hf.open_checkpoint(str(saved / "hf"))
+    again = hf_folder.open_checkpoint(str(saved / "hf"))
     assert set(restored) == set(again.tensors)
     for name, array in restored.items():
-        expected = hf.read_tensor(again, name)
+        expected = hf_folder.read_tensor(again, name)
         assert (array.shape, array.dtype) == (expected.shape, expected.dtype), name
         assert np.asarray(array).tobytes() == expected.tobytes(), name
     assert float(restored[DOWN][0, 1]) == pytest.approx(0.1, rel=1e-2)
@@ -55,19 +54,19 @@ def test_config_json_stands_beside_the_arrays(saved):
 
 def test_orbax_restores_with_any_sharding(saved):
     mesh = make_mesh({"data": 2, "model": 4})
-    again = hf.open_checkpoint(str(saved / "hf"))
+    again = hf_folder.open_checkpoint(str(saved / "hf"))
 
     def wanted(info):
         parts = ("model",) if info.shape[0] % 4 == 0 else (None,)
         sharding = NamedSharding(mesh, PartitionSpec(*parts))
-        return jax.ShapeDtypeStruct(info.shape, hf.DTYPES[info.dtype], sharding=sharding)
+        return jax.ShapeDtypeStruct(info.shape, hf_folder.DTYPES[info.dtype], sharding=sharding)
 
     target = {name: wanted(info) for name, info in again.tensors.items()}
     with ocp.StandardCheckpointer() as reader:
         restored = reader.restore(saved / "orbax", target)
     for name, array in restored.items():
         assert array.sharding == target[name].sharding
-        assert np.asarray(array).tobytes() == hf.read_tensor(again, name).tobytes()
+        assert np.asarray(array).tobytes() == hf_folder.read_tensor(again, name).tobytes()
     assert restored[DOWN].sharding.shard_shape((32, 64)) == (8, 64)
     assert len(restored[DOWN].addressable_shards) == 8
 
@@ -77,7 +76,7 @@ def test_orbax_restores_with_any_sharding(saved):
 
 def refused(out: Path, overwrite: bool = False) -> str:
     with pytest.raises(UserError) as error:
-        export.check_out(out, overwrite)
+        outputs.check_out(out, overwrite)
     return str(error.value)
 
 
@@ -85,7 +84,7 @@ def test_a_new_or_empty_folder_is_fine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     for out in (tmp_path / "new", tmp_path / "a" / "b" / "c", tmp_path / "empty", Path("relative/out")):
-        export.check_out(out, False)
+        outputs.check_out(out, False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty"]  # looking makes nothing
 
 
@@ -93,7 +92,7 @@ def test_an_existing_folder_is_refused_unless_it_may_be_replaced(tmp_path):
     (tmp_path / "report.json").write_text("{}")
     message = refused(tmp_path)
     assert str(tmp_path) in message and "already exists" in message and "--overwrite" in message
-    export.check_out(tmp_path, True)
+    outputs.check_out(tmp_path, True)
 
 
 def test_only_results_are_ever_replaced(tmp_path):

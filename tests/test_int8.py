@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from locft_jax import Config, ask, edit, load_model
-from locft_jax.commands import run_command
+from locft_jax import Config, edit, load_model
+from locft_jax.cli import ask
+from locft_jax.cli.command import run_command
+from locft_jax.cli.edit import main as edit_command
+from locft_jax.cli.evaluate import main as evaluate_command
 from locft_jax.data.requests import read_requests
-from locft_jax.edit import main as edit_command
-from locft_jax.editing import pipeline
-from locft_jax.evaluate import main as evaluate_command
-from locft_jax.model.delta import BASE
+from locft_jax.editing import trainer
+from locft_jax.io.delta import BASE
+from locft_jax.io.hf_load import originals
 
 ONE = {"data": 1, "model": 1}
 SITE = [f"model.layers.2.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
@@ -94,9 +96,9 @@ def test_edits_that_the_model_carries_stay(model, data):
     """They, not the checkpoint's values, are where the next edit begins."""
     other, carried = "model.layers.1.mlp.down_proj.weight", {}
     for name in (other, DOWN):
-        carried[name] = model.originals([name])[name] + np.float32(0.01)
-    edited = model.with_edits(carried)
-    assert edited.originals([DOWN]) == {}
+        carried[name] = originals(model, [name])[name] + np.float32(0.01)
+    edited = model.with_overrides(carried)
+    assert originals(edited, [DOWN]) == {}
     result = edit(edited, data, Config(layer=2, num_steps=1, lr=1e-30, eval_sample=2))
     assert {n: a.tobytes() for n, a in result.delta.new.items()} == {
         n: a.tobytes() for n, a in carried.items()
@@ -113,7 +115,7 @@ def test_preserve_and_the_prefix_cache_on_disk(model, data):
 def test_resumed_byte_for_byte(edit_arguments, tmp_path, monkeypatch, capsys):
     arguments = [edit_arguments(tmp_path / name, **SHORT) for name in ("alone", "stopped")]
     assert run_command(edit_command, arguments[0]) == 0
-    make = pipeline.StepRecord
+    make = trainer.StepRecord
 
     def record(epoch, at, *rest):
         if at == 4:
@@ -121,7 +123,7 @@ def test_resumed_byte_for_byte(edit_arguments, tmp_path, monkeypatch, capsys):
         return make(epoch, at, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "StepRecord", record)
+        patch.setattr(trainer, "StepRecord", record)
         assert run_command(edit_command, arguments[1]) == 1
     other = edit_arguments(tmp_path / "stopped", **{**SHORT, "weights": "float32"})
     assert run_command(edit_command, [*other, "--resume"]) == 2  # is of another run

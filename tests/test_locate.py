@@ -8,10 +8,10 @@ import jax
 import pytest
 from matplotlib.image import imread
 
-from locft_jax import locate
-from locft_jax.commands import run_command
-from locft_jax.edit import main as edit
-from locft_jax.locating.measure import Bench
+from locft_jax.cli import locate
+from locft_jax.cli.command import run_command
+from locft_jax.cli.edit import main as edit
+from locft_jax.studies.locate.measure import Bench
 
 MODULES = ["--modules", "mlp", "down"]
 PLACES = [(l, m) for l in range(3) for m in ("mlp", "down")]
@@ -132,7 +132,7 @@ def test_a_killed_run_goes_on_to_the_same_table(run, arguments, tmp_path, capsys
     assert run_command(locate.main, arguments(out, *MODULES)) == 2  # neither --resume nor --overwrite
     assert "was interrupted; add --resume" in capsys.readouterr().err
     with monkeypatch.context() as m:
-        m.setattr("locft_jax.locating.measure.ask", before_is_kept(m))
+        m.setattr("locft_jax.studies.locate.measure.ask", before_is_kept(m))
         assert run_command(locate.main, arguments(out, "--resume", *MODULES)) == 0
     assert table(out)[1] == table(run)[1]
     assert table(out)[0]["recommendation"] == table(run)[0]["recommendation"]
@@ -142,7 +142,7 @@ def test_a_killed_run_goes_on_to_the_same_table(run, arguments, tmp_path, capsys
 
 def before_is_kept(monkeypatch):
     """`ask` that refuses to ask a model without guesses of what it will say."""
-    from locft_jax.locating.measure import ask
+    from locft_jax.studies.locate.measure import ask
 
     def guarded(model, edits, asked, guesses, *rest, **options):
         assert guesses is not None, "the answers before the edit were kept"

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from locft_jax import Config, edit, load_model
 from locft_jax.data.capability import read_capability
-from locft_jax.model.hf import save_hf
+from locft_jax.io.hf_save import save_hf
 from locft_jax.model.sharding import tensor_sharding
 from locft_jax.model.weights import locate_tensor, weight_table
 
@@ -57,8 +57,8 @@ def test_every_array_lies_where_the_table_puts_it(run, mesh):
         array = model.weights[key]
         assert array.sharding == tensor_sharding(model.mesh, model.spec, row), key
         assert array.addressable_shards[0].data.size * (mesh[1] if key in SPLIT[mesh] else 1) == array.size
-    assert len(result.edited.edits) == 9
-    for name, array in result.edited.edits.items():
+    assert len(result.edited.overrides) == 9
+    for name, array in result.edited.overrides.items():
         row, _ = locate_tensor(model.spec, name)
         assert array.sharding == tensor_sharding(model.mesh, model.spec, row, stacked=False), name
         assert array.sharding.is_fully_replicated == (row.key not in SPLIT[mesh]), name
@@ -84,11 +84,11 @@ def test_an_export_is_whole(run, folder, tmp_path, mesh):
     assert {n: a.shape for n, a in result.delta.new.items()} == {
         n: a.shape for n, a in result.delta.base.items()
     }
-    save_hf(model.checkpoint, result.delta.new, tmp_path / "hf")
+    save_hf(model.folder, result.delta.new, tmp_path / "hf")
     base, edited = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "hf"))
     for name, value in base.items():
         assert edited[name].tobytes() == result.delta.new.get(name, value).tobytes(), name
     again = load_model(str(tmp_path / "hf"), mesh={"data": 1, "model": 1})
-    for name, value in result.edited.edits.items():
+    for name, value in result.edited.overrides.items():
         row, layer = locate_tensor(model.spec, name)
         np.testing.assert_array_equal(again.weights[row.key][layer], jax.device_get(value))

@@ -25,15 +25,15 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
-from locft_jax import hosts
-from locft_jax.commands import run_command
-from locft_jax.edit import main as edit
+from locft_jax import distributed
+from locft_jax.cli.command import run_command
+from locft_jax.cli.edit import main as edit
+from locft_jax.cli.evaluate import main as evaluate
 from locft_jax.errors import UserError
-from locft_jax.evaluate import main as evaluate
-from locft_jax.locating.rule import FIGURES
-from locft_jax.model.delta import BASE
+from locft_jax.io.delta import BASE
 from locft_jax.model.spec import parse_spec
 from locft_jax.model.weights import weight_table
+from locft_jax.studies.locate.rule import FIGURES
 
 ROOT = Path(__file__).resolve().parents[1]
 WITHIN = 600  # seconds: no test waits longer for a process
@@ -57,8 +57,8 @@ from locft_jax.editing import pipeline
 from locft_jax.model import hf
 
 jobs, stop_at, heartbeat = json.loads(sys.argv.pop(1))
-hosts.HEARTBEAT = heartbeat or hosts.HEARTBEAT
-record = pipeline.StepRecord
+distributed.HEARTBEAT = heartbeat or distributed.HEARTBEAT
+record = trainer.StepRecord
 
 def stopping(epoch, step, *rest):  # a TPU that is preempted
     if step == stop_at:
@@ -66,7 +66,7 @@ def stopping(epoch, step, *rest):  # a TPU that is preempted
     return record(epoch, step, *rest)
 
 if stop_at:
-    pipeline.StepRecord = stopping
+    trainer.StepRecord = stopping
 
 make, load = jax.make_array_from_callback, hf.load_weights
 
@@ -91,8 +91,8 @@ modules = {name: importlib.import_module("locft_jax." + name) for name in names}
 
 def main(argv):
     parser = argparse.ArgumentParser()
-    hosts.add_flags(parser)
-    with hosts.joined(parser.parse_args(argv), program=True):
+    distributed.add_flags(parser)
+    with distributed.joined(parser.parse_args(argv), program=True):
         for name, arguments in jobs:
             modules[name].carry_out(modules[name].parse(arguments))
 
@@ -338,7 +338,7 @@ def test_a_dead_process_ends_the_other(folder, edit_arguments, how):
         with suppress(OSError, NameError):
             os.kill(child, signal.SIGKILL)  # stopped, it does not notice its supervisor's end
     message = run.said(0)[1]
-    assert f"failed: {hosts.LOST}" in message and "Traceback" not in message, message
+    assert f"failed: {distributed.LOST}" in message and "Traceback" not in message, message
     if how == "killed":
         assert "SIGKILL ended this process" in run.said(1)[1]
     assert any((out / "checkpoint" / "steps").iterdir())  # to go on from
@@ -361,7 +361,7 @@ def test_wrong_input_of_one_process_ends_both(folder, edit_arguments):
 
 def flags(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    hosts.add_flags(parser)
+    distributed.add_flags(parser)
     return parser.parse_args(arguments)
 
 
@@ -375,19 +375,19 @@ def nowhere(monkeypatch):
 
 
 def test_flags_then_environment_then_pod(nowhere):
-    assert hosts.parse_place(flags()) is None
+    assert distributed.parse_place(flags()) is None
     place = {"coordinator_address": "a:1", "num_processes": 4, "process_id": 3}
     every = ["--coordinator", "a:1", "--processes", "4", "--process", "3"]
-    assert hosts.parse_place(flags(*every)) == place
-    assert hosts.parse_place(flags("--processes", "1")) is None
+    assert distributed.parse_place(flags(*every)) == place
+    assert distributed.parse_place(flags("--processes", "1")) is None
     nowhere.setenv("TPU_WORKER_HOSTNAMES", "t1k-0,t1k-1")
-    assert hosts.parse_place(flags()) == {}
+    assert distributed.parse_place(flags()) == {}
     nowhere.setenv("JAX_PLATFORMS", "cpu")
-    assert hosts.parse_place(flags()) is None
+    assert distributed.parse_place(flags()) is None
     for name, value in (("COORDINATOR_ADDRESS", "b:2"), ("NUM_PROCESSES", "2"), ("PROCESS_ID", "0")):
         nowhere.setenv(f"JAX_{name}", value)
     place = {"coordinator_address": "b:2", "num_processes": 2, "process_id": 1}
-    assert hosts.parse_place(flags("--process", "1")) == place
+    assert distributed.parse_place(flags("--process", "1")) == place
 
 
 @pytest.mark.parametrize(
@@ -402,7 +402,7 @@ def test_flags_then_environment_then_pod(nowhere):
 )
 def test_wrong_flags(nowhere, arguments, said):
     with pytest.raises(UserError, match=said):
-        hosts.parse_place(flags(*arguments))
+        distributed.parse_place(flags(*arguments))
 
 
 def test_a_port_that_is_taken():
@@ -411,7 +411,7 @@ def test_a_port_that_is_taken():
         for number, said in ((port, "Address already in use"), (70000, "must be 0-65535")):
             place = {"coordinator_address": f"localhost:{number}", "num_processes": 2, "process_id": 0}
             with pytest.raises(UserError, match=f"port {number} of this host cannot be used .*{said}"):
-                hosts.connect(place)
+                distributed.connect(place)
 
 
 def test_the_metadata_server_of_a_tpu_vm(nowhere):
@@ -429,30 +429,30 @@ def test_the_metadata_server_of_a_tpu_vm(nowhere):
     with HTTPServer(("localhost", 0), Server) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         nowhere.setenv("GCE_METADATA_IP", f"localhost:{server.server_port}")
-        assert hosts.pod_size() == 1  # jax saw no TPU
+        assert distributed.pod_size() == 1  # jax saw no TPU
         nowhere.delenv("TPU_SKIP_MDS_QUERY")
-        assert hosts.pod_size() == 4
+        assert distributed.pod_size() == 4
         nowhere.setenv("MEGASCALE_NUM_SLICES", "2")
-        assert hosts.pod_size() == 8
+        assert distributed.pod_size() == 8
         server.shutdown()
-    assert hosts.pod_size() == 2  # no answer: one host, of two slices
+    assert distributed.pod_size() == 2  # no answer: one host, of two slices
 
 
 def test_one_process_agrees_with_itself():
-    assert hosts.first() and not hosts.several()
-    assert hosts.any_of(False, True) == (False, True)
-    assert hosts.least(2.5, float("inf")) == (2.5, float("inf"))
-    assert hosts.from_first({"a": 1}) == {"a": 1}
+    assert distributed.first() and not distributed.several()
+    assert distributed.any_of(False, True) == (False, True)
+    assert distributed.least(2.5, float("inf")) == (2.5, float("inf"))
+    assert distributed.from_first({"a": 1}) == {"a": 1}
 
 
 def test_inputs_that_differ_are_named(monkeypatch):
     given = [{"lr": 1, "seed": 0}, {"lr": 1, "seed": 0}, {"lr": 2, "seed": 0}]
-    monkeypatch.setattr(hosts, "several", lambda: True)
-    monkeypatch.setattr(hosts, "gather", lambda text: [json.dumps([None, g]) for g in given])
-    with pytest.raises(hosts.Agreed, match=r"processes 0 and 2 were not given the same:\n  lr: 1 / 2$"):
-        hosts.agree(given[0])
+    monkeypatch.setattr(distributed, "several", lambda: True)
+    monkeypatch.setattr(distributed, "gather", lambda text: [json.dumps([None, g]) for g in given])
+    with pytest.raises(distributed.Agreed, match=r"processes 0 and 2 were not given the same:\n  lr: 1 / 2$"):
+        distributed.agree(given[0])
     given[2] = {"lr": 1, "seed": 0, "more": 1}
-    with pytest.raises(hosts.Agreed, match=r"the same:\n  more: None / 1$"):
-        hosts.agree(given[0])
+    with pytest.raises(distributed.Agreed, match=r"the same:\n  more: None / 1$"):
+        distributed.agree(given[0])
     given.pop()
-    hosts.agree(given[0])
+    distributed.agree(given[0])

@@ -106,7 +106,7 @@ def test_the_demo_is_edited(executed):
 
 
 def test_the_delta_is_offered(executed):
-    from locft_jax.model.delta import load_delta
+    from locft_jax.io.delta import load_delta
 
     path = executed.folder / "demo-delta.safetensors"
     assert f"the delta is {path}" in "\n".join(executed.texts)

@@ -10,25 +10,25 @@ import jax
 import numpy as np
 import pytest
 
-from locft_jax.commands import run_command
+from locft_jax.cli.command import run_command
+from locft_jax.cli.plan import main
 from locft_jax.config import Config, load_config
-from locft_jax.data.tokens import epoch_batches, pack
-from locft_jax.editing.pipeline import place_batch, run_shape
+from locft_jax.data.packing import epoch_batches, pack
 from locft_jax.editing.run import schedule_of
 from locft_jax.editing.site import read_site
 from locft_jax.editing.step import init_state
+from locft_jax.editing.trainer import place_batch, run_shape
 from locft_jax.errors import UserError
-from locft_jax.model import hf
+from locft_jax.io import hf_folder, hf_load
 from locft_jax.model.memory import Need
 from locft_jax.model.sharding import make_mesh
-from locft_jax.plan import main
-from locft_jax.planning import case as cases
-from locft_jax.planning import fit
-from locft_jax.planning.cost import Size, Work, forward_work, train_work
-from locft_jax.planning.fit import Outcome, Usage, compiled, meshes, smallest
-from locft_jax.planning.programs import chip_bytes, frozen, placed, programs, tuned
-from locft_jax.planning.report import verdict
-from locft_jax.planning.topology import (
+from locft_jax.studies.plan import case as cases
+from locft_jax.studies.plan import fit
+from locft_jax.studies.plan.cost import Size, Work, forward_work, train_work
+from locft_jax.studies.plan.fit import Outcome, Usage, compiled, meshes, smallest
+from locft_jax.studies.plan.programs import chip_bytes, frozen, placed, programs, tuned
+from locft_jax.studies.plan.report import verdict
+from locft_jax.studies.plan.topology import (
     GIB,
     TPUS,
     all_slices,
@@ -173,9 +173,9 @@ def test_meshes_are_the_configs_own_then_by_memory(tiny):
 @pytest.mark.parametrize("int8", [False, True])
 def test_the_arrays_of_a_plan_are_those_of_a_run(tiny, tiny_model_dir, int8):
     case, mesh = dataclasses.replace(tiny[0], int8=int8), make_mesh({"data": 2, "model": 4})
-    checkpoint = hf.open_checkpoint(str(tiny_model_dir))
-    weights = hf.load_weights(checkpoint, mesh, int8=int8)
-    own = {n: hf.read_tensor(checkpoint, n) for n in case.site}
+    checkpoint = hf_folder.open_checkpoint(str(tiny_model_dir))
+    weights = hf_load.load_weights(checkpoint, mesh, int8=int8)
+    own = {n: hf_folder.read_tensor(checkpoint, n) for n in case.site}
     state = init_state(read_site(case.spec, weights, case.site, mesh, own))
     which = next(epoch_batches(len(case.corpus), 5, 0, 0))
     batch = pack(case.corpus, which, run_shape(case.corpus, schedule_of(case.config), mesh))

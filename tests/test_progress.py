@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from locft_jax import progress
-from locft_jax.progress import Bar
+from locft_jax import logs
+from locft_jax.logs import Bar
 
 
 class Clock:
@@ -19,7 +19,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(logs, "time", clock)
     return clock
 
 

@@ -16,22 +16,23 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from locft_jax import remote
-from locft_jax.ask import main as ask
-from locft_jax.commands import run_command
+from locft_jax.cli.ask import main as ask
+from locft_jax.cli.command import run_command
+from locft_jax.cli.delta import main as delta
+from locft_jax.cli.edit import main as edit
+from locft_jax.cli.evaluate import main as evaluate
 from locft_jax.data.capability import read_capability
 from locft_jax.data.requests import read_requests
-from locft_jax.delta import main as delta
-from locft_jax.edit import main as edit
-from locft_jax.editing.checkpoint import base_digest
-from locft_jax.evaluate import main as evaluate
-from locft_jax.model import hf, reading
-from locft_jax.model.delta import load_delta
+from locft_jax.io import hf_folder, reading, remote
+from locft_jax.io.delta import load_delta
+from locft_jax.io.remote import PART, open_remote
 from locft_jax.model.sharding import make_mesh
-from locft_jax.remote import PART, open_remote
+from locft_jax.run_identity import base_digest
 
 sys.path.append(str(Path(__file__).parent))
 import gcs  # noqa: E402
+
+from locft_jax.io import hf_load
 
 QUICK = {"evaluate": "false", "num_steps": 2}
 INDEX = "model.safetensors.index.json"
@@ -83,11 +84,11 @@ def test_a_model_at_a_url_loads_as_the_one_here(
 ):
     monkeypatch.setattr(reading, "BLOCK", rows * 70)  # blocks that end within rows, and between them
     folder = make_variant(tiny_model_dir, tmp_path / "model", dtype, files=3)
-    here, there = (hf.open_checkpoint(str(p)) for p in (folder, put(folder, f"{bucket}/a/model")))
+    here, there = (hf_folder.open_checkpoint(str(p)) for p in (folder, put(folder, f"{bucket}/a/model")))
     assert there.tensors == here.tensors and there.name == "model" and there.nbytes() == here.nbytes()
     devices = jax.devices()[: mesh["data"] * mesh["model"]]
     for wanted in (None, np.float32, ml_dtypes.bfloat16):
-        one, other = (hf.load_weights(c, make_mesh(mesh, devices), wanted) for c in (here, there))
+        one, other = (hf_load.load_weights(c, make_mesh(mesh, devices), wanted) for c in (here, there))
         for key in one:
             assert one[key].dtype == other[key].dtype and one[key].sharding == other[key].sharding
             assert np.asarray(one[key]).tobytes() == np.asarray(other[key]).tobytes(), key
@@ -104,13 +105,13 @@ def test_only_what_is_needed_is_read_and_only_small_files_are_copied(bucket, sha
         return read(self, begin, end)
 
     monkeypatch.setattr(remote.Remote, "read", spy)
-    checkpoint = hf.open_checkpoint(put(sharded, f"{bucket}/model"))
+    checkpoint = hf_folder.open_checkpoint(put(sharded, f"{bucket}/model"))
     assert sorted(p.name for p in checkpoint.folder.iterdir()) == sorted(
         p.name for p in sharded.iterdir() if p.suffix != ".safetensors"
     )
     asked.clear()
     name = "model.layers.1.mlp.down_proj.weight"
-    part = hf.read_part(checkpoint, name, (slice(8, 16), slice(None)))
+    part = hf_folder.read_part(checkpoint, name, (slice(8, 16), slice(None)))
     info = checkpoint.tensors[name]
     begin = info.begin + 8 * 64 * 4
     assert asked == [(f"{bucket}/model/{info.file}", begin, begin + 8 * 64 * 4)]
@@ -170,7 +171,7 @@ def test_a_run_at_urls_gives_the_bytes_of_one_here(
             path.write_bytes(content)
     with ocp.StandardCheckpointer() as reader:
         one, other = (reader.restore(p / "orbax") for p in (tmp_path / "here", tmp_path))
-    assert set(one) == set(other) == set(hf.open_checkpoint(str(sharded)).tensors)
+    assert set(one) == set(other) == set(hf_folder.open_checkpoint(str(sharded)).tensors)
     assert all(np.asarray(one[n]).tobytes() == np.asarray(other[n]).tobytes() for n in one)
 
     # What else reads and writes there.
@@ -271,7 +272,7 @@ def test_a_run_at_gs_urls(sharded, edits_file, edit_arguments, tmp_path, monkeyp
     there = {"model_name_or_path": url, "data_path": "gs://bucket/edits.json"}
     command(edit, *edit_arguments("gs://bucket/runs/it", **quick, **there))
     moved = {path.rpartition("%2F")[2] for _, path in store.asked if "rewriteTo" in path}
-    checkpoint = hf.open_checkpoint(str(sharded))
+    checkpoint = hf_folder.open_checkpoint(str(sharded))
     edited = {checkpoint.tensors[f"model.layers.2.mlp.{n}_proj.weight"].file for n in ("gate", "up", "down")}
     assert moved == {p.name for p in sharded.iterdir()} - edited - {"README.md"}  # inside the store
     assert edited and not any((tmp_path / "runs").iterdir())
@@ -298,7 +299,7 @@ def test_a_run_at_gs_urls(sharded, edits_file, edit_arguments, tmp_path, monkeyp
 @pytest.fixture
 def refused(capsys, tmp_path, monkeypatch):
     """`refused(main, arguments)` -> the one line with which a command ends in status 2, weights unread."""
-    monkeypatch.setattr(hf, "load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(hf_load, "load_weights", lambda *_: pytest.fail("weights were read"))
     monkeypatch.chdir(tmp_path)
 
     def run(main, *arguments) -> str:
@@ -394,5 +395,5 @@ def test_a_header_longer_than_the_first_request(bucket, tmp_path, tiny_model_dir
     folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors, folder / "model.safetensors", {"long": "x" * 2**21})
-    there = hf.open_checkpoint(put(folder, f"{bucket}/model"))
-    assert there.tensors == hf.open_checkpoint(str(folder)).tensors
+    there = hf_folder.open_checkpoint(put(folder, f"{bucket}/model"))
+    assert there.tensors == hf_folder.open_checkpoint(str(folder)).tensors

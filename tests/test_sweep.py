@@ -6,10 +6,10 @@ import json
 import pytest
 from matplotlib.image import imread
 
-from locft_jax import sweep
-from locft_jax.commands import run_command
-from locft_jax.edit import main as edit
-from locft_jax.sweeping.table import RATES
+from locft_jax.cli import sweep
+from locft_jax.cli.command import run_command
+from locft_jax.cli.edit import main as edit
+from locft_jax.studies.sweep.table import RATES
 
 GRID = "grid:\n  pipeline: [breadth, depth]\n  num_steps: [2, 4]\n"
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple, NoReturn
 
 from locft_jax.errors import UserError
-from locft_jax.remote import is_url, open_file
+from locft_jax.io.remote import is_url, open_file
 
 # A record's prompt, in order of preference; the first one that is present and not null counts.
 PROMPT = ("prompt", "src", "update", "question", "text")

@@ -1,4 +1,4 @@
-"""Edits that arrive over time: those of an earlier run and new ones as one set to retrain on.
+"""Overrides that arrive over time: those of an earlier run and new ones as one set to retrain on.
 
 Every run leaves its requests in `edits.jsonl`; a later run adds to them (method.md: streaming
 breadth-first). Each request keeps the number of the batch it arrived with.
@@ -15,7 +15,7 @@ from typing import Any
 from locft_jax.data.records import open_records
 from locft_jax.data.requests import EditData, EditRequest, requests_from_records
 from locft_jax.errors import UserError
-from locft_jax.remote import open_file
+from locft_jax.io.remote import open_file
 
 
 def to_record(request: EditRequest) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import optax
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from locft_jax.data.tokens import Batch, Corpus, corpus_from_lists, fit_shape, pack
+from locft_jax.data.packing import Batch, Corpus, corpus_from_lists, fit_shape, pack
 from locft_jax.demo.world import capability_items, make_world, prompts, training_texts
 from locft_jax.model import decoder
 from locft_jax.model.spec import ModelSpec, parse_spec

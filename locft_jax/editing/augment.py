@@ -8,9 +8,9 @@ import numpy as np
 
 from locft_jax.config import Config
 from locft_jax.data.requests import EditRequest
-from locft_jax.editing.retained import sample_model
+from locft_jax.editing.regularizers.texts import sample_model
 from locft_jax.errors import UserError
-from locft_jax.model.hf import Model
+from locft_jax.model.model import Model
 
 POOL = 64  # texts that the model writes; every edit draws its own from them
 TOKENS = 10  # of each of them, at most

@@ -11,22 +11,26 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from locft_jax import hosts
+from locft_jax import distributed
 from locft_jax.config import Config, resolve_layers
+from locft_jax.data.packing import Corpus
 from locft_jax.data.requests import EditRequest
-from locft_jax.data.tokens import Corpus, encode_pairs
+from locft_jax.data.tokenize import encode_pairs
 from locft_jax.editing.augment import prefix_texts, training_prompts
-from locft_jax.editing.checkpoint import Checkpoints
-from locft_jax.editing.keep import make_keep
-from locft_jax.editing.pipeline import Outcome, Schedule, StepRecord, run_pipeline
-from locft_jax.editing.prefix import Source, cached_source, choose_mode
-from locft_jax.editing.preserve import Lambdas, make_preserve
+from locft_jax.editing.checkpointer import Checkpointer
+from locft_jax.editing.regularizers.kl import make_keep
+from locft_jax.editing.regularizers.preconditioner import Lambdas, make_preserve
 from locft_jax.editing.site import find_site, first_layer, materialize, parameters, read_site
 from locft_jax.editing.step import Hyper, init_state
+from locft_jax.editing.trainer import Outcome, Schedule, StepRecord, run_pipeline
 from locft_jax.errors import UserError
-from locft_jax.model.delta import Delta, check_delta, load_delta
-from locft_jax.model.hf import Checkpoint, Model, frozen_dtype, to_checkpoint_dtype
+from locft_jax.io.delta import Delta, check_delta, load_delta
+from locft_jax.io.hf_folder import HFFolder
+from locft_jax.io.hf_load import frozen_dtype, originals
+from locft_jax.io.hf_save import to_checkpoint_dtype
+from locft_jax.model.activation_cache import Source, cached_source, choose_mode
 from locft_jax.model.memory import check_memory, step_of
+from locft_jax.model.model import Model
 from locft_jax.model.sharding import width_split
 from locft_jax.model.spec import ModelSpec
 
@@ -97,7 +101,7 @@ def encode_requests(
 
 
 def check_fit(
-    checkpoint: Checkpoint, config: Config, site: Sequence[str], corpus: Corpus, mesh: Mesh
+    checkpoint: HFFolder, config: Config, site: Sequence[str], corpus: Corpus, mesh: Mesh
 ) -> list[str]:
     """Warnings of memory that may not suffice. Raises UserError, before any weight is loaded, where it
     certainly does not, or as `choose_mode` does."""
@@ -118,7 +122,7 @@ def run_edit(
     config: Config,
     on_step: Callable[[StepRecord], None] = lambda record: None,
     start: Mapping[str, np.ndarray] | None = None,
-    checkpoints: Checkpoints | None = None,
+    checkpoints: Checkpointer | None = None,
     retained: Sequence[Sequence[int]] = (),
     source: Source | None = None,
     watch: Callable[[dict[str, np.ndarray], Sequence[StepRecord]], None] | None = None,
@@ -134,12 +138,12 @@ def run_edit(
     """
     begin = time.monotonic()
     layer = first_layer(model.spec, site)
-    base, originals = model.edits, model.originals(site)
-    given: dict[str, Any] = {**originals, **base, **(start or {})}
+    base, stored = model.overrides, originals(model, site)
+    given: dict[str, Any] = {**stored, **base, **(start or {})}
     state = init_state(read_site(model.spec, model.weights, site, model.mesh, given))
     if config.norm_constraint is not None:  # a step looks at what it began from
-        base = model.with_edits(originals, np.float32).edits
-    del originals, given
+        base = model.with_overrides(stored, np.float32).overrides
+    del stored, given
     done: list[StepRecord] = []
     if checkpoints is not None:
         state, done = checkpoints.restore(state) or (state, done)
@@ -153,7 +157,7 @@ def run_edit(
         )
     preserve, lambdas = make_preserve(model, site, config, retained)
     keep = make_keep(model, site, source, config, retained, agreed_budgets(config))
-    exported = lambda theta: to_checkpoint_dtype(model.checkpoint, materialize(theta, base))  # noqa: E731
+    exported = lambda theta: to_checkpoint_dtype(model.folder, materialize(theta, base))  # noqa: E731
     look = lambda state, records: watch(exported(state.theta), records) if watch else None  # noqa: E731
     outcome = run_pipeline(
         model.spec,
@@ -195,11 +199,11 @@ def cache_mode(model: Model, corpus: Corpus, layer: int, config: Config) -> str:
 
 def agreed_budgets(config: Config) -> tuple[float, float]:
     """`memory_budgets`, of several processes the least."""
-    device, host = hosts.least(*memory_budgets(config.memory_budget))
+    device, host = distributed.least(*memory_budgets(config.memory_budget))
     return device, host
 
 
-def last_delta(folder: str | Path, checkpoint: Checkpoint, site: Sequence[str]) -> Delta:
+def last_delta(folder: str | Path, checkpoint: HFFolder, site: Sequence[str]) -> Delta:
     """The delta of an earlier run, to begin with. Raises UserError unless it was made on this model and
     tunes this site."""
     delta = load_delta(f"{folder}/delta.safetensors")

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from locft_jax.errors import UserError
 from locft_jax.model.sharding import place, tensor_sharding
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Edits, Weights, locate_tensor, take_tensor, weight_table
+from locft_jax.model.weights import Overrides, Weights, locate_tensor, take_tensor, weight_table
 
 Theta = dict[str, jax.Array]  # HF tensor name -> float32 master
 
@@ -90,7 +90,7 @@ def read_site(
     return theta
 
 
-def materialize(theta: Theta, base: Edits) -> dict[str, jax.Array]:
+def materialize(theta: Theta, base: Overrides) -> dict[str, jax.Array]:
     """What is trained -> what stands in the model: for LocFT-BF theta itself, over the edits `base`
     that the model already carries."""
     return {**base, **theta}

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from locft_jax.data.tokens import Batch
+from locft_jax.data.packing import Batch
 from locft_jax.editing.site import Theta, materialize
 from locft_jax.model import decoder
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Edits, Weights, take_tensor
+from locft_jax.model.weights import Overrides, Weights, take_tensor
 
 
 @jax.tree_util.register_dataclass
@@ -112,14 +112,14 @@ def init_state(theta: Theta) -> EditState:
     return EditState(theta, make_optimizer(Hyper(0.0, 0.0, 0.0)).init(theta))
 
 
-def enter(spec: ModelSpec, weights: Weights, edits: Edits, source: jax.Array, index: jax.Array) -> jax.Array:
+def enter(spec: ModelSpec, weights: Weights, edits: Overrides, source: jax.Array, index: jax.Array) -> jax.Array:
     """The residual stream [B, T, D] of a packed batch at the layer where `source` stands: token ids
     [total] are embedded (layer 0), cached activations [total, D] are looked up."""
     return decoder.embed(spec, weights, edits, source[index]) if source.ndim == 1 else source[index]
 
 
 def target_logits(
-    spec: ModelSpec, start: int, weights: Weights, edits: Edits, source: jax.Array, batch: Batch
+    spec: ModelSpec, start: int, weights: Weights, edits: Overrides, source: jax.Array, batch: Batch
 ) -> jax.Array:
     """Logits [M, V] float32 at the batch's targets; `source` enters layer `start`."""
     x = enter(spec, weights, edits, source, batch.index)
@@ -132,7 +132,7 @@ def batch_loss(
     start: int,
     theta: Theta,
     weights: Weights,
-    base: Edits,
+    base: Overrides,
     source: jax.Array,
     batch: Batch,
 ) -> jax.Array:
@@ -160,7 +160,7 @@ def train_step(
     hyper: Hyper,
     state: EditState,
     weights: Weights,
-    base: Edits,
+    base: Overrides,
     source: jax.Array,
     batch: Batch,
     preserve: Mapping[str, Sides] = {},  # noqa: B006 (never written to)
@@ -184,7 +184,7 @@ def train_step(
     return EditState(bounded(spec, theta, weights, base, hyper.norm_constraint), optimizer), loss
 
 
-def bounded(spec: ModelSpec, theta: Theta, weights: Weights, base: Edits, bound: float | None) -> Theta:
+def bounded(spec: ModelSpec, theta: Theta, weights: Weights, base: Overrides, bound: float | None) -> Theta:
     """theta clipped to what stands in the model (`base` first: edits, and what it holds as int8) +- `bound`;
     None: as it is."""
     if bound is None:

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 
 from locft_jax.config import Config
-from locft_jax.editing.checkpoint import Checkpoints
-from locft_jax.editing.pipeline import StepRecord
-from locft_jax.evaluation.answers import ProbeCache
-from locft_jax.evaluation.metrics import rate
-from locft_jax.evaluation.run import Answers, Asked, agreement, ask, correct, figures, later_guesses
-from locft_jax.model.hf import Model
+from locft_jax.editing.checkpointer import Checkpointer
+from locft_jax.editing.trainer import StepRecord
+from locft_jax.evaluation.ask import ask, later_guesses
+from locft_jax.evaluation.probes import Answers, Asked
+from locft_jax.evaluation.scoring import agreement, correct, figures, rate
+from locft_jax.evaluation.verify import ProbeCache
+from locft_jax.model.model import Model
 
 SHARDS = 5  # parts of the data whose reliability is told by itself, as in the paper's figure
 
@@ -28,7 +29,7 @@ class Dynamics:
         asked: Asked,
         before: Answers,
         cache: ProbeCache | None,
-        checkpoints: Checkpoints | None,
+        checkpoints: Checkpointer | None,
     ) -> None:
         self.model, self.config, self.asked, self.before = model, config, asked, before
         self.cache, self.checkpoints = cache, checkpoints
@@ -38,7 +39,7 @@ class Dynamics:
     def look(self, tensors: dict[str, np.ndarray], records: Sequence[StepRecord]) -> None:
         """Ask every probe with the site's `tensors` as they are after these steps."""
         begin, step = time.monotonic(), len(records)
-        edits = self.model.with_edits(tensors).edits
+        edits = self.model.with_overrides(tensors).overrides
         after = ask(self.model, edits, self.asked, self.guesses, self.config.row_length, kept=self.cache)
         right = correct(self.asked, after)
         edited = [bool(r) for p, r in zip(self.asked.probes, right, strict=True) if p.kind == "reliability"]

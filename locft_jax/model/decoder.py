@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from locft_jax.data.tokens import Rows, Targets
+from locft_jax.data.packing import Rows, Targets
 from locft_jax.model.quantize import Quantized, product, take_rows
 from locft_jax.model.sharding import for_keys, split_width, whole_width
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Edits, Weights, activation_dtype, split_edits
+from locft_jax.model.weights import Overrides, Weights, activation_dtype, split_edits
 
 Body = Callable[[Weights, Any, Any], Any]
 KeysValues = tuple[jax.Array, jax.Array]  # [B, T, K, H] each
@@ -153,7 +153,7 @@ def take_layer(weights: Weights, layer: jax.Array) -> dict[str, jax.Array]:
 
 
 def fold_layers(
-    spec: ModelSpec, weights: Weights, edits: Edits, body: Body, carry: Any, start: int, stop: int
+    spec: ModelSpec, weights: Weights, edits: Overrides, body: Body, carry: Any, start: int, stop: int
 ) -> Any:
     """carry = body(layer's weights, layer, carry) for each layer in [start, stop).
 
@@ -184,7 +184,7 @@ def fold_layers(
     return carry
 
 
-def embed(spec: ModelSpec, weights: Weights, edits: Edits, tokens: jax.Array) -> jax.Array:
+def embed(spec: ModelSpec, weights: Weights, edits: Overrides, tokens: jax.Array) -> jax.Array:
     """Token ids [...] -> [..., D]."""
     dtype = activation_dtype(weights)
     table: Any = split_edits(spec, edits)[0].get("embed", weights["embed"])
@@ -192,7 +192,7 @@ def embed(spec: ModelSpec, weights: Weights, edits: Edits, tokens: jax.Array) ->
 
 
 @jax.named_scope("head")
-def head(spec: ModelSpec, weights: Weights, edits: Edits, x: jax.Array) -> jax.Array:
+def head(spec: ModelSpec, weights: Weights, edits: Overrides, x: jax.Array) -> jax.Array:
     """Final norm and vocabulary projection: x [..., D] -> logits [..., V] in float32."""
     single = {k: a.astype(activation_dtype(weights)) for k, a in split_edits(spec, edits)[0].items()}
     w: Weights = {k: single.get(k, weights[k]) for k in ("embed", "norm", "head") if k in weights}
@@ -213,7 +213,7 @@ def best_token(scores: jax.Array) -> jax.Array:
 
 
 def run_layers(
-    spec: ModelSpec, weights: Weights, edits: Edits, x: jax.Array, rows: Rows, start: int, stop: int
+    spec: ModelSpec, weights: Weights, edits: Overrides, x: jax.Array, rows: Rows, start: int, stop: int
 ) -> jax.Array:
     """Residual stream x [B, T, D] entering layer `start` -> entering layer `stop`."""
     window = windows(spec)
@@ -224,7 +224,7 @@ def run_layers(
 def hidden_at_targets(
     spec: ModelSpec,
     weights: Weights,
-    edits: Edits,
+    edits: Overrides,
     x: jax.Array,
     rows: Rows,
     targets: Targets,
@@ -240,7 +240,7 @@ def hidden_at_targets(
     return fold_layers(spec, weights, edits, body, x, last, last + 1)
 
 
-def logits(spec: ModelSpec, weights: Weights, edits: Edits, tokens: jax.Array) -> jax.Array:
+def logits(spec: ModelSpec, weights: Weights, edits: Overrides, tokens: jax.Array) -> jax.Array:
     """Plain causal forward of unpacked rows: tokens [B, T] -> logits [B, T, V] float32.
 
     For tests, scoring short texts and `CausalLM`; editing and evaluation use the paths above.

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from locft_jax.data.tokens import Corpus
+from locft_jax.data.packing import Corpus
 from locft_jax.errors import UserError
 from locft_jax.model.sharding import tensor_spec, width_split
 from locft_jax.model.spec import ModelSpec

@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 
 from locft_jax.model import decoder
-from locft_jax.model.hf import Model
+from locft_jax.model.model import Model
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Weights
 
@@ -20,7 +20,7 @@ class CausalLM(nnx.Module):
     def __init__(self, model: Model) -> None:
         self.spec: ModelSpec = model.spec
         self.weights = nnx.Dict({k: nnx.Param(a) for k, a in model.weights.items()})
-        self.edits = nnx.Dict({k: nnx.Param(a) for k, a in model.edits.items()})
+        self.edits = nnx.Dict({k: nnx.Param(a) for k, a in model.overrides.items()})
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Token ids [B, T] -> logits [B, T, V] float32."""

@@ -17,7 +17,7 @@ from locft_jax.model.quantize import Quantized
 from locft_jax.model.spec import ModelSpec
 
 Weights = dict[str, Any]  # row key -> jax.Array or Quantized, layers stacked on axis 0
-Edits = Mapping[str, jax.Array]  # HF tensor name -> matrix that replaces it
+Overrides = Mapping[str, jax.Array]  # HF tensor name -> matrix that replaces it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _put_layer(stack: jax.Array, layer: jax.Array, value: jax.Array) -> jax.Arra
     return jax.lax.dynamic_update_index_in_dim(stack, value.astype(stack.dtype), layer, 0)
 
 
-def put_tensors(spec: ModelSpec, weights: Weights, tensors: Edits) -> Weights:
+def put_tensors(spec: ModelSpec, weights: Weights, tensors: Overrides) -> Weights:
     """The weights with `tensors` (of layers) in their stacks, in place: the stacks given are used up. What
     runs on the result is compiled without edits, once for whatever was put there."""
     weights = dict(weights)
@@ -152,9 +152,9 @@ def unstacked_keys(spec: ModelSpec) -> tuple[str, ...]:
 
 
 def split_edits(
-    spec: ModelSpec, edits: Edits
+    spec: ModelSpec, edits: Overrides
 ) -> tuple[dict[str, jax.Array], dict[int, dict[str, jax.Array]]]:
-    """Edits by HF name -> (those of single tensors by key, those of each layer by key)."""
+    """Overrides by HF name -> (those of single tensors by key, those of each layer by key)."""
     single: dict[str, jax.Array] = {}
     layers: dict[int, dict[str, jax.Array]] = {}
     for name, value in edits.items():

@@ -1,4 +1,4 @@
-"""Edits that arrive over time: what a later run makes of an earlier one's requests."""
+"""Overrides that arrive over time: what a later run makes of an earlier one's requests."""
 
 import dataclasses
 import json
@@ -6,10 +6,10 @@ import json
 import pytest
 from safetensors.numpy import load_file
 
-from locft_jax.commands import run_command
+from locft_jax.cli.command import run_command
+from locft_jax.cli.edit import main as edit
 from locft_jax.data.requests import read_requests, requests_from_records
 from locft_jax.data.streaming import extend, read_earlier, streaming_report, to_record
-from locft_jax.edit import main as edit
 from locft_jax.errors import UserError
 
 RECORDS = [

@@ -8,12 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from locft_jax.data import tokens as tk
+from locft_jax.data import packing as tk
 from locft_jax.data.requests import read_requests
 from locft_jax.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_tokenizers import bpe, byte_level, metaspace, sentencepiece, wrap  # noqa: E402
+
+from locft_jax.data import tokenize
 
 PROMPTS = ["Who founded Halver?", "The capital of Oredal is", "Ten plus five is "]
 TARGETS = ["Mira", " Vintown", "15"]
@@ -36,7 +38,7 @@ def halves(corpus, i):
 
 
 def test_prompt_then_one_space_then_target_then_eos(tokenizer):
-    corpus = tk.encode_pairs(tokenizer, PROMPTS, TARGETS, eos=0)
+    corpus = tokenize.encode_pairs(tokenizer, PROMPTS, TARGETS, eos=0)
     assert len(corpus) == 3 and corpus.boundary_merges == 0
     for i, (prompt, target) in enumerate(zip(PROMPTS, TARGETS, strict=True)):
         head, tail = halves(corpus, i)
@@ -48,15 +50,15 @@ def test_prompt_then_one_space_then_target_then_eos(tokenizer):
 
 
 def test_no_eos_unless_asked_for(tokenizer):
-    with_eos = tk.encode_pairs(tokenizer, PROMPTS, TARGETS, eos=0)
-    without = tk.encode_pairs(tokenizer, PROMPTS, TARGETS)
+    with_eos = tokenize.encode_pairs(tokenizer, PROMPTS, TARGETS, eos=0)
+    without = tokenize.encode_pairs(tokenizer, PROMPTS, TARGETS)
     for i in range(3):
         assert halves(without, i)[1] == halves(with_eos, i)[1][:-1]
 
 
 def test_nothing_to_encode(tokenizer):
-    assert len(tk.encode_pairs(tokenizer, [], [])) == 0
-    assert len(tk.encode_pairs(tokenizer, [], [], chat_template=False, eos=0).tokens) == 0
+    assert len(tokenize.encode_pairs(tokenizer, [], [])) == 0
+    assert len(tokenize.encode_pairs(tokenizer, [], [], chat_template=False, eos=0).tokens) == 0
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ def test_merge_across_the_boundary(backend, prompt, crossing):
     tokenizer = wrap(backend)
     text = prompt + " Mira"
     assert crossing in tokenizer.tokenize(text)  # the case is what it claims to be
-    corpus = tk.encode_pairs(tokenizer, [prompt, "Xy"], ["Mira", "Mira"], eos=2)
+    corpus = tokenize.encode_pairs(tokenizer, [prompt, "Xy"], ["Mira", "Mira"], eos=2)
     assert corpus.boundary_merges == 1  # and not the second, where nothing crosses
     head, tail = halves(corpus, 0)
     assert head == tokenizer(prompt)["input_ids"]
@@ -90,9 +92,9 @@ def test_specials_before_and_after_a_text_frame_prompt_and_target_once():
     )
     tokenizer = wrap(backend)
     assert tokenizer("ab")["input_ids"][-1] == 2
-    assert tokenizer.convert_ids_to_tokens(tk.prompt_ids(tokenizer, ["Who?"])[0]) == ["<s>", *"Who?"]
+    assert tokenizer.convert_ids_to_tokens(tokenize.prompt_ids(tokenizer, ["Who?"])[0]) == ["<s>", *"Who?"]
     for eos in (None, 2):
-        head, tail = halves(tk.encode_pairs(tokenizer, ["Who?"], ["Mira"], eos=eos), 0)
+        head, tail = halves(tokenize.encode_pairs(tokenizer, ["Who?"], ["Mira"], eos=eos), 0)
         assert tokenizer.convert_ids_to_tokens(head) == ["<s>", *"Who?"]
         assert tokenizer.convert_ids_to_tokens(tail) == ["Ġ", *"Mira", *(["</s>"] if eos else [])]
 
@@ -102,37 +104,37 @@ def test_chat_template(tiny_tokenizer_dir):
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer_dir)  # its own: the template is set below
     with pytest.raises(UserError, match="no chat template"):
-        tk.encode_pairs(tokenizer, PROMPTS, TARGETS, chat_template=True)
+        tokenize.encode_pairs(tokenizer, PROMPTS, TARGETS, chat_template=True)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}model:{% endif %}"
     )
-    corpus = tk.encode_pairs(tokenizer, PROMPTS, TARGETS, chat_template=True, eos=0)
+    corpus = tokenize.encode_pairs(tokenizer, PROMPTS, TARGETS, chat_template=True, eos=0)
     for i, (prompt, target) in enumerate(zip(PROMPTS, TARGETS, strict=True)):
         head, tail = halves(corpus, i)
         assert tokenizer.decode(head) == f"user: {prompt}\nmodel:"
         assert tokenizer.decode(tail) == target.strip() + "</s>"
-        assert head == tk.prompt_ids(tokenizer, [prompt], chat_template=True)[0]  # what evaluation asks with
+        assert head == tokenize.prompt_ids(tokenizer, [prompt], chat_template=True)[0]  # what evaluation asks with
 
 
 def test_texts_that_cannot_be_trained_on_are_named(tokenizer):
     long = "a" * 50
     with pytest.raises(UserError, match="context holds 40") as error:
-        tk.encode_pairs(tokenizer, [PROMPTS[0], long], ["x", "y"], eos=0, max_length=40)
+        tokenize.encode_pairs(tokenizer, [PROMPTS[0], long], ["x", "y"], eos=0, max_length=40)
     assert long[:60] in str(error.value)
-    assert len(tk.encode_pairs(tokenizer, [long], ["y"], eos=0, max_length=53)) == 1  # 50 + " y" + EOS
+    assert len(tokenize.encode_pairs(tokenizer, [long], ["y"], eos=0, max_length=53)) == 1  # 50 + " y" + EOS
     with pytest.raises(UserError, match="53 tokens"):
-        tk.encode_pairs(tokenizer, [long], ["y"], eos=0, max_length=52)
+        tokenize.encode_pairs(tokenizer, [long], ["y"], eos=0, max_length=52)
     with pytest.raises(UserError, match="the prompt of '' -> 'y' has no tokens"):
-        tk.encode_pairs(tokenizer, [""], ["y"])
+        tokenize.encode_pairs(tokenizer, [""], ["y"])
     tokens_only_for_letters = wrap(bpe([], "a"))  # no unknown token in what it returns: `é` vanishes
     tokens_only_for_letters.backend_tokenizer.model.unk_token = None
     with pytest.raises(UserError, match="the target of 'ab' -> 'é' has no tokens"):
-        tk.encode_pairs(tokens_only_for_letters, ["ab"], ["é"])
+        tokenize.encode_pairs(tokens_only_for_letters, ["ab"], ["é"])
     with pytest.raises(UserError, match="the prompt 'é' has no tokens"):
-        tk.check_prompts(tokens_only_for_letters, ["ab", "é"])
+        tokenize.check_prompts(tokens_only_for_letters, ["ab", "é"])
     with pytest.raises(UserError, match=r"begins 'aaaaa.*\(2 such texts in all\).*holds 40"):
-        tk.check_prompts(tokenizer, ["x", long, long + "b"], max_length=40)
+        tokenize.check_prompts(tokenizer, ["x", long, long + "b"], max_length=40)
 
 
 @pytest.mark.parametrize("kind", ["PanicException", "TypeError"])
@@ -145,24 +147,24 @@ def test_a_tokenizer_that_fails_at_a_text(kind):
         raise failure("index out of bounds:\nthe len is 3")
 
     with pytest.raises(UserError, match=f"tokenizer fails \\({kind}: index out of bounds: the len"):
-        tk.prompt_ids(tokenizer, ["a"])
+        tokenize.prompt_ids(tokenizer, ["a"])
     failure = KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        tk.prompt_ids(tokenizer, ["a"])
+        tokenize.prompt_ids(tokenizer, ["a"])
 
 
 def test_ids_beyond_the_vocabulary_are_named_with_their_text(tokenizer):
     most = max(max(ids) for ids in tokenizer(PROMPTS)["input_ids"])
-    tk.check_prompts(tokenizer, PROMPTS, vocab_size=most + 1)
+    tokenize.check_prompts(tokenizer, PROMPTS, vocab_size=most + 1)
     which = next(p for p in PROMPTS if most in tokenizer(p)["input_ids"])
     with pytest.raises(UserError) as error:
-        tk.check_prompts(tokenizer, PROMPTS, vocab_size=most)
+        tokenize.check_prompts(tokenizer, PROMPTS, vocab_size=most)
     assert f"gives id {most} in the text that begins {which!r}, but its vocab_size is {most}" in str(
         error.value
     )
     with pytest.raises(UserError, match="in the text that begins 'Who founded"):
-        tk.encode_pairs(tokenizer, PROMPTS, TARGETS, eos=0, vocab_size=0)
-    assert len(tk.encode_pairs(tokenizer, PROMPTS, TARGETS, vocab_size=320)) == 3
+        tokenize.encode_pairs(tokenizer, PROMPTS, TARGETS, eos=0, vocab_size=0)
+    assert len(tokenize.encode_pairs(tokenizer, PROMPTS, TARGETS, vocab_size=320)) == 3
 
 
 def test_real_requests_with_a_real_sentencepiece_vocabulary(shared_data):
@@ -172,7 +174,7 @@ def test_real_requests_with_a_real_sentencepiece_vocabulary(shared_data):
     requests = read_requests(str(shared_data / "zsre" / "zsre_3k.json"), 300).requests
     prompts, targets = [r.prompt for r in requests], [r.target_new for r in requests]
     prompts[0] += " "  # its vocabulary joins no spaces: the prompt stays a prefix
-    corpus = tk.encode_pairs(tokenizer, prompts, targets, eos=2)
+    corpus = tokenize.encode_pairs(tokenizer, prompts, targets, eos=2)
     assert corpus.boundary_merges == 0
     for i, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
         head, tail = halves(corpus, i)

@@ -9,7 +9,7 @@ from locft_jax.config import DEMO_CONFIG, DEMO_FOLDER, load_config
 from locft_jax.data.capability import read_capability
 from locft_jax.demo import train
 from locft_jax.demo.world import capability_items, make_edits, make_world, prompts
-from locft_jax.model.hf import open_checkpoint
+from locft_jax.io.hf_folder import open_checkpoint
 
 
 def test_the_shipped_files_are_what_the_generator_makes():

@@ -6,14 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from locft_jax.demo import words
-from locft_jax.demo.world import (
-    capability_items,
-    main,
-    make_edits,
-    make_world,
-    prompts,
-    training_texts,
-)
+from locft_jax.demo.world import capability_items, main, make_edits, make_world, prompts, training_texts
 from locft_jax.errors import UserError
 
 WORLD_SHA256 = "21cba5e584c75b676066fc9a24e5104ead41de4deebb816ce97fc5dd6a222a53"

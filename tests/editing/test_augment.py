@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from locft_jax import Config, UserError, edit, load_model
-from locft_jax.commands import run_command
+from locft_jax.cli.command import run_command
+from locft_jax.cli.edit import main as edit_command
+from locft_jax.data.packing import corpus_from_lists, fit_shape, pack
 from locft_jax.data.requests import read_requests
-from locft_jax.data.tokens import corpus_from_lists, fit_shape, pack
-from locft_jax.edit import main as edit_command
 from locft_jax.editing.augment import STAND_IN, prefix_texts, training_prompts, written_prefixes
 from locft_jax.editing.run import encode_requests
 from locft_jax.editing.step import batch_loss
-from locft_jax.evaluation.metrics import make_probes
+from locft_jax.evaluation.probes import make_probes
 
 ONE = {"data": 1, "model": 1}
 

@@ -19,9 +19,9 @@ import jax
 import numpy as np
 import pytest
 
-from locft_jax.commands import run_command
-from locft_jax.edit import main as edit
-from locft_jax.editing import checkpoint, pipeline
+from locft_jax.cli.command import run_command
+from locft_jax.cli.edit import main as edit
+from locft_jax.editing import checkpointer, trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = 20
@@ -70,7 +70,7 @@ def undisturbed(edit_arguments, tmp_path_factory):
 @contextmanager
 def signal_at(monkeypatch, step: int, number: int = signal.SIGTERM):
     """A signal to this process when the loss of that step is read."""
-    make = pipeline.StepRecord
+    make = trainer.StepRecord
 
     def record(epoch, at, *rest):
         if at == step:
@@ -78,7 +78,7 @@ def signal_at(monkeypatch, step: int, number: int = signal.SIGTERM):
         return make(epoch, at, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "StepRecord", record)
+        patch.setattr(trainer, "StepRecord", record)
         yield
 
 
@@ -144,7 +144,7 @@ def test_killed_at_random_moments_and_resumed(edit_arguments, tmp_path):
             process.communicate()
             kills += 1
             assert names(out) <= {"checkpoint"} or result(out) == expected  # whole or not at all
-            found.append(max(checkpoint._steps(out / "checkpoint"), default=0))
+            found.append(max(checkpointer._steps(out / "checkpoint"), default=0))
             continue
         assert process.returncode == 0, errors
         assert result(out) == expected
@@ -307,7 +307,7 @@ def test_a_damaged_checkpoint_falls_back_to_an_older_one(
     stopped, edit_arguments, undisturbed, capsys, damage
 ):
     steps = sorted((p for p in (stopped / "checkpoint" / "steps").iterdir()), key=lambda p: int(p.name))
-    assert len(steps) == checkpoint.KEPT
+    assert len(steps) == checkpointer.KEPT
     if damage == "run.json":
         (stopped / "checkpoint" / "run.json").write_text('{"half')
     for step in steps if damage == "all" else steps[-1:]:
@@ -328,7 +328,7 @@ def test_a_damaged_checkpoint_falls_back_to_an_older_one(
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(edit_arguments, tmp_path, monkeypatch, capsys):
-    step = pipeline.train_step
+    step = trainer.train_step
     calls = []
 
     def fails(*arguments):
@@ -336,12 +336,12 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(edit_arguments, tmp
         calls.append(1)
         return state, loss * np.nan if len(calls) == 5 else loss
 
-    monkeypatch.setattr(pipeline, "train_step", fails)
+    monkeypatch.setattr(trainer, "train_step", fails)
     assert run_command(edit, edit_arguments(tmp_path / "out", **SHORT)) == 1
     message = said(capsys)
     assert message.startswith("failed: the loss is nan in epoch 2, step 5, over the edits ")
     assert f"the state after step 4 is kept in {tmp_path / 'out' / 'checkpoint'}" in message
-    assert max(checkpoint._steps(tmp_path / "out" / "checkpoint")) == 4
+    assert max(checkpointer._steps(tmp_path / "out" / "checkpoint")) == 4
 
 
 def test_a_state_that_is_not_finite_is_not_kept(edit_arguments, tmp_path, capsys):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from locft_jax import Config
-from locft_jax.editing.keep import TEXTS, make_keep
-from locft_jax.editing.prefix import Source
+from locft_jax.editing.regularizers.kl import TEXTS, make_keep
 from locft_jax.editing.step import divergence, target_logits
-from locft_jax.model.hf import load_model
+from locft_jax.io.hf_load import load_model
+from locft_jax.model.activation_cache import Source
 from locft_jax.model.weights import take_tensor
 
 SITE = "model.layers.2.mlp.down_proj.weight"

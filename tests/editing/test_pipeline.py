@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from locft_jax.data.tokens import Shape, corpus_from_lists, pack
-from locft_jax.editing.pipeline import (
+from locft_jax.data.packing import Shape, corpus_from_lists, pack
+from locft_jax.editing.site import find_site, read_site
+from locft_jax.editing.step import Hyper, init_state, train_step
+from locft_jax.editing.trainer import (
     NonFiniteLoss,
     Outcome,
     Schedule,
@@ -21,9 +23,7 @@ from locft_jax.editing.pipeline import (
     run_pipeline,
     run_shape,
 )
-from locft_jax.editing.prefix import cached_source
-from locft_jax.editing.site import find_site, read_site
-from locft_jax.editing.step import Hyper, init_state, train_step
+from locft_jax.model.activation_cache import cached_source
 from locft_jax.model.sharding import make_mesh, tensor_sharding
 from locft_jax.model.spec import parse_spec
 from locft_jax.model.weights import abstract_weights, locate_tensor, weight_table

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from locft_jax.data.tokens import Rows, Shape, corpus_from_lists, pack
-from locft_jax.editing.prefix import (
+from locft_jax.data.packing import Rows, Shape, corpus_from_lists, pack
+from locft_jax.errors import UserError
+from locft_jax.model import decoder
+from locft_jax.model.activation_cache import (
     Source,
     advance,
     cached_source,
@@ -17,8 +19,6 @@ from locft_jax.editing.prefix import (
     prefix_pass,
     token_source,
 )
-from locft_jax.errors import UserError
-from locft_jax.model import decoder
 from locft_jax.model.sharding import make_mesh
 from locft_jax.model.spec import parse_spec
 from locft_jax.model.weights import abstract_weights

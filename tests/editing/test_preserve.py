@@ -10,17 +10,29 @@ import numpy as np
 import pytest
 
 from locft_jax import Config
-from locft_jax.commands import run_command
+from locft_jax.cli.command import run_command
+from locft_jax.cli.edit import main as edit
 from locft_jax.data.requests import requests_from_records
-from locft_jax.edit import main as edit
-from locft_jax.editing import moments as moments_module
-from locft_jax.editing import pipeline, preserve
-from locft_jax.editing.moments import Leading, gradient_moments, layer_inputs, second_moments
-from locft_jax.editing.preserve import input_matrix, lambda_of, low_rank, strength_of
-from locft_jax.editing.retained import retained_ids, retained_texts, sample_model, template_texts, unused
+from locft_jax.editing import trainer
+from locft_jax.editing.regularizers import preconditioner
+from locft_jax.editing.regularizers import second_moments as moments_module
+from locft_jax.editing.regularizers.preconditioner import input_matrix, lambda_of, low_rank, strength_of
+from locft_jax.editing.regularizers.second_moments import (
+    Leading,
+    gradient_moments,
+    layer_inputs,
+    second_moments,
+)
+from locft_jax.editing.regularizers.texts import (
+    retained_ids,
+    retained_texts,
+    sample_model,
+    template_texts,
+    unused,
+)
 from locft_jax.editing.step import Hyper, make_optimizer
+from locft_jax.io.hf_load import load_model
 from locft_jax.model import decoder
-from locft_jax.model.hf import load_model
 
 TEXTS = ["The capital of Oredal is Vintown.", "Ten plus five is 15.", "Hana Orvik works as a baker."]
 ONE = {"data": 1, "model": 1}
@@ -185,12 +197,12 @@ def test_moments_are_computed_once(tiny_model_dir, texts, tmp_path, monkeypatch)
     model, made = load_model(str(tiny_model_dir), mesh=ONE), []
     for compute in (second_moments, gradient_moments):
         name = compute.__name__
-        monkeypatch.setattr(preserve, name, lambda *a, f=compute, n=name: made.append(n) or f(*a))
+        monkeypatch.setattr(preconditioner, name, lambda *a, f=compute, n=name: made.append(n) or f(*a))
     config = Config(preserve="kfac", row_length=32)
 
     def once(site=SITE, ids=texts[:20], config=config, model=model):
         made.clear()
-        return *preserve.make_preserve(model, site, config, ids), list(made)
+        return *preconditioner.make_preserve(model, site, config, ids), list(made)
 
     first, lambdas, computed = once()
     assert computed == ["second_moments", "gradient_moments"]
@@ -203,7 +215,7 @@ def test_moments_are_computed_once(tiny_model_dir, texts, tmp_path, monkeypatch)
     assert once(ids=texts[:19])[2] and once(site=SITE[:1])[2]
     assert once(config=Config(preserve="kfac", seed=1, row_length=32))[2] == ["gradient_moments"]
     assert once(model=load_model(str(tiny_model_dir), mesh={"data": 2, "model": 4}))[2]
-    edited = model.with_edits({SITE[0]: np.zeros(model.checkpoint.tensors[SITE[0]].shape, np.float32)})
+    edited = model.with_overrides({SITE[0]: np.zeros(model.folder.tensors[SITE[0]].shape, np.float32)})
     assert once(model=edited)[2] and once(model=edited)[2]
     for file in (tmp_path / "locft_jax" / "moments").iterdir():
         file.write_bytes(file.read_bytes()[:100])
@@ -212,7 +224,7 @@ def test_moments_are_computed_once(tiny_model_dir, texts, tmp_path, monkeypatch)
 
 def test_wide_moments_are_kept_too(model, texts, narrow, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = [preserve.make_preserve(model, SITE, Config(preserve="soft"), texts[:20]) for _ in range(2)]
+    found = [preconditioner.make_preserve(model, SITE, Config(preserve="soft"), texts[:20]) for _ in range(2)]
     assert len(list((tmp_path / "locft_jax" / "moments").iterdir())) == 1 and found[0][1] == found[1][1]
     for one, other in zip(*(jax.tree.leaves(f[0]) for f in found), strict=True):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
@@ -221,7 +233,7 @@ def test_wide_moments_are_kept_too(model, texts, narrow, tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_no_error(model, texts, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert preserve.make_preserve(model, SITE[:1], Config(preserve="soft"), texts[:5])[0]
+    assert preconditioner.make_preserve(model, SITE[:1], Config(preserve="soft"), texts[:5])[0]
     assert "could not be kept" in capsys.readouterr().err
 
 
@@ -388,7 +400,7 @@ RUN = {"num_steps": 4, "loss_floor": 0, "checkpoint_every": 1, "evaluate": "fals
 @pytest.fixture(scope="module")
 def runs(edit_arguments, tmp_path_factory):
     """`runs(name, **changes)` -> the tensors and metadata that a run leaves; made once each."""
-    from locft_jax.model.delta import load_delta
+    from locft_jax.io.delta import load_delta
 
     folder, known = tmp_path_factory.mktemp("preserve"), {}
 
@@ -404,7 +416,7 @@ def runs(edit_arguments, tmp_path_factory):
 def test_resumed_runs_end_with_the_same_bytes(runs, edit_arguments, tmp_path, monkeypatch):
     both = {"preserve": "soft", "preserve_kl": 1}
     _, whole = runs("both", **both)
-    make, out = pipeline.StepRecord, tmp_path / "out"
+    make, out = trainer.StepRecord, tmp_path / "out"
 
     def stop(epoch, at, *rest):
         if at == 5:
@@ -413,7 +425,7 @@ def test_resumed_runs_end_with_the_same_bytes(runs, edit_arguments, tmp_path, mo
 
     arguments = edit_arguments(out, **RUN, **both)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "StepRecord", stop)
+        patch.setattr(trainer, "StepRecord", stop)
         assert run_command(edit, arguments) == 1
     assert run_command(edit, [*arguments, "--resume"]) == 0
     assert json.loads((out / "report.json").read_text())["resumed"]

@@ -18,7 +18,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 from families import make_family  # noqa: E402
 
-from locft_jax.data.tokens import (  # noqa: E402
+from locft_jax.data.packing import (  # noqa: E402
     Batch,
     Corpus,
     Rows,
@@ -28,18 +28,14 @@ from locft_jax.data.tokens import (  # noqa: E402
     epoch_batches,
     fit_shape,
 )
-from locft_jax.editing.pipeline import Schedule, run_pipeline  # noqa: E402
-from locft_jax.editing.prefix import cached_source  # noqa: E402
 from locft_jax.editing.site import find_site, first_layer, read_site  # noqa: E402
-from locft_jax.editing.step import (  # noqa: E402
-    EditState,
-    Hyper,
-    batch_loss,
-    init_state,
-    make_optimizer,
-    train_step,
+from locft_jax.editing.step import EditState, Hyper, batch_loss, init_state, make_optimizer, train_step  # noqa: E402
+from locft_jax.editing.trainer import Schedule, run_pipeline  # noqa: E402
+from locft_jax.io import (
+    hf_folder,  # noqa: E402
+    hf_load,
 )
-from locft_jax.model import hf  # noqa: E402
+from locft_jax.model.activation_cache import cached_source  # noqa: E402
 from locft_jax.model.sharding import make_mesh  # noqa: E402
 from locft_jax.model.spec import parse_spec  # noqa: E402
 from locft_jax.model.weights import abstract_weights  # noqa: E402
@@ -63,7 +59,7 @@ class Run:
 @dataclass(frozen=True)
 class World:
     model: Any  # the torch model
-    checkpoint: hf.Checkpoint
+    checkpoint: hf_folder.HFFolder
     weights: dict[str, jax.Array]
     mesh: jax.sharding.Mesh
     corpus: Corpus
@@ -74,7 +70,7 @@ class World:
 def world(torch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     model = make_family("llama", folder, num_hidden_layers=LAYERS)
-    checkpoint = hf.open_checkpoint(str(folder))
+    checkpoint = hf_folder.open_checkpoint(str(folder))
     mesh = make_mesh({"data": 1, "model": 1}, jax.devices()[:1])
     rng = np.random.default_rng(0)
     parts = [rng.integers(0, 96, rng.integers(6, 15)) for _ in range(EXAMPLES)]
@@ -83,12 +79,12 @@ def world(torch, tmp_path_factory):
     torch.set_num_threads(1)  # so small a model is faster without others
     batches = [b for e in range(60) for b in epoch_batches(EXAMPLES, BATCH, 0, e)]
     shape = fit_shape(corpus, batches, 32)  # one for all cases: they share what is compiled
-    yield World(model, checkpoint, hf.load_weights(checkpoint, mesh), mesh, corpus, shape)
+    yield World(model, checkpoint, hf_load.load_weights(checkpoint, mesh), mesh, corpus, shape)
     torch.set_num_threads(threads)
 
 
 def run_ours(world, site, schedule, mode):
-    spec = world.checkpoint.spec
+    spec = world.folder.spec
     layer = first_layer(spec, site) if mode != "off" else 0
     source = cached_source(spec, world.weights, world.corpus, layer, mode, world.mesh, 32)
     state = init_state(read_site(spec, world.weights, site, world.mesh))
@@ -213,7 +209,7 @@ def compare(
     """Run both loops and hold every figure of one against the other's; theirs is returned."""
     hyper = Hyper(**{"lr": 1e-2, "weight_decay": 0.0, "loss_floor": 1e-2, **hyper})
     schedule = Schedule(BATCH, epochs, 0, average, 32, hyper, pipeline)
-    site = find_site(world.checkpoint.spec, modules, [layer])
+    site = find_site(world.folder.spec, modules, [layer])
     ours = run_ours(world, site, schedule, mode)
     theirs = run_torch(torch, world, site, schedule)
     # No loss lies so near the floor that rounding decides; else the case says nothing.

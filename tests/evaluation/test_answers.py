@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from locft_jax import load_model
-from locft_jax.data.tokens import corpus_from_lists
-from locft_jax.evaluation import answers as answers_module
-from locft_jax.evaluation import generate
-from locft_jax.evaluation.answers import ProbeCache, answer, begin_cache, score_corpus
-from locft_jax.evaluation.generate import Reader
+from locft_jax.data.packing import corpus_from_lists
+from locft_jax.evaluation import verify as answers_module
+from locft_jax.evaluation.verify import ProbeCache, answer, begin_cache, score_corpus
+from locft_jax.model import decode as decode_module
 from locft_jax.model import decoder
+from locft_jax.model.decode import Reader
 from locft_jax.model.weights import take_tensor
 
 NEW = 32
@@ -25,7 +25,7 @@ def model(tiny_model_dir):
     """The tiny model with an edit, so that edits matter in every comparison."""
     model = load_model(str(tiny_model_dir), mesh={"data": 1, "model": 1})
     value = np.random.default_rng(3).standard_normal((320, 32), np.float32)
-    return model.with_edits({"lm_head.weight": 0.2 * value})
+    return model.with_overrides({"lm_head.weight": 0.2 * value})
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def truth(model, prompts, stop):
     texts = [list(p) for p in prompts]
     for _ in range(NEW):
         tokens = np.asarray([t + [0] * (LENGTH - len(t)) for t in texts])  # causal: padding is not seen
-        scores = np.asarray(forward(model.spec, model.weights, model.edits, tokens))
+        scores = np.asarray(forward(model.spec, model.weights, model.overrides, tokens))
         for text, row in zip(texts, scores, strict=True):
             text.append(int(row[len(text) - 1].argmax()))
     answers = [t[len(p) :] for t, p in zip(texts, prompts, strict=True)]
@@ -84,7 +84,7 @@ def proved_by(guess, true, stop):
 
 def ask(model, prompts, guesses, stop, new_tokens=NEW, row_length=128, **options):
     done = []
-    reader = Reader(model.spec, model.weights, model.edits, model.mesh, row_length)
+    reader = Reader(model.spec, model.weights, model.overrides, model.mesh, row_length)
     got = answer(reader, prompts, guesses, new_tokens, stop, done.append, **options)
     assert sum(done) == len(prompts)  # the bar ends full
     return got
@@ -152,14 +152,14 @@ def test_rows_of_the_pool_are_taken_again_and_the_pool_shrinks(model, prompts, t
     """A small pool, several passes, texts of several lengths: rows are taken again, the ring goes round."""
     monkeypatch.setattr(answers_module, "ROWS", 2)
     monkeypatch.setattr(answers_module, "MOST", 6)
-    monkeypatch.setattr(generate, "LEAST", 2)
-    sizes, decode = [], generate.decode
+    monkeypatch.setattr(decode_module, "LEAST", 2)
+    sizes, decode = [], decode_module.decode
 
     def counted(spec, weights, edits, pool, stop, enough):
         sizes.append(pool.left.shape[0])
         return decode(spec, weights, edits, pool, stop, enough)
 
-    monkeypatch.setattr(generate, "decode", counted)
+    monkeypatch.setattr(decode_module, "decode", counted)
     long = [[*p, *a[:24]] for p, a in zip(prompts, truth, strict=True) if len(a) > 24]
     answers, _ = ask(model, [*prompts, *long], [[]] * (16 + len(long)), stop, row_length=32)
     assert answers[:16] == truth
@@ -174,7 +174,7 @@ def test_passes_before_and_after_an_edit_share_what_is_below_it(
     cache = ProbeCache(1, mode)
     name = "model.layers.1.mlp.down_proj.weight"
     own = take_tensor(model.spec, model.weights, name)
-    before = dataclasses.replace(model, edits={**model.edits, name: own})
+    before = dataclasses.replace(model, edits={**model.overrides, name: own})
     guesses = guesses_from(truth, stop)
     answers, proved = ask(before, prompts, guesses, stop, kept=cache)
     assert answers == truth and cache.source.layer == 1 and cache.source.mode == mode
@@ -184,7 +184,7 @@ def test_passes_before_and_after_an_edit_share_what_is_below_it(
     assert len(read) > 0  # for the misses
 
     changed = own + 0.3 * np.random.default_rng(8).standard_normal(own.shape, np.float32)
-    after = dataclasses.replace(model, edits={**model.edits, name: changed})
+    after = dataclasses.replace(model, edits={**model.overrides, name: changed})
     expected, _ = ask(after, prompts, [[]] * 16, stop)
     assert expected != truth
     assert ask(after, prompts, guesses, stop, kept=cache)[0] == expected
@@ -208,7 +208,7 @@ def test_a_cache_of_guesses_is_carried_upward(model, prompts, truth, stop, mode,
     assert not read  # right guesses are all proved from the cache
     name = "model.layers.2.mlp.down_proj.weight"
     value = 0.3 * np.random.default_rng(8).standard_normal((32, 64), np.float32)
-    after = model.with_edits({name: value})
+    after = model.with_overrides({name: value})
     expected, _ = ask(after, prompts, [[]] * 16, stop)
     read.clear()
     assert expected != guesses and ask(after, prompts, guesses, stop, kept=cache)[0] == expected
@@ -221,7 +221,7 @@ def test_no_prompts(model, stop):
 
 def test_the_same_on_eight_devices(tiny_model_dir, model, prompts, truth, stop):
     spread = load_model(str(tiny_model_dir), mesh={"data": 4, "model": 2})
-    spread = spread.with_edits({n: np.asarray(a) for n, a in model.edits.items()})
+    spread = spread.with_overrides({n: np.asarray(a) for n, a in model.overrides.items()})
     guesses = [a if i % 3 else [] for i, a in enumerate(truth)]
     answers, proved = ask(spread, prompts, guesses, stop, new_tokens=8)
     assert answers == [a[:8] for a in truth] and 10 <= proved < 16
@@ -234,11 +234,11 @@ def test_scores_are_those_of_the_plain_forward(model):
     texts = [rng.integers(1, 320, n).tolist() for n in lengths]
     starts = [int(rng.integers(1, n)) for n in lengths]
     corpus = corpus_from_lists(texts, starts)
-    scored = sorted(score_corpus(Reader(model.spec, model.weights, model.edits, model.mesh, 48), corpus))
+    scored = sorted(score_corpus(Reader(model.spec, model.weights, model.overrides, model.mesh, 48), corpus))
     assert [n for n, *_ in scored] == list(range(len(texts)))
     best, logprob = (np.concatenate(part) for part in list(zip(*scored, strict=True))[1:])
     tokens = np.asarray([t + [0] * (LENGTH - len(t)) for t in texts])
-    scores = np.asarray(forward(model.spec, model.weights, model.edits, tokens), np.float64)
+    scores = np.asarray(forward(model.spec, model.weights, model.overrides, tokens), np.float64)
     logs = scores - np.log(np.exp(scores - scores.max(-1, keepdims=True)).sum(-1, keepdims=True))
     logs -= scores.max(-1, keepdims=True)
     places = [(i, at) for i, (n, s) in enumerate(zip(lengths, starts, strict=True)) for at in range(s, n)]

@@ -8,9 +8,8 @@ import pytest
 
 from locft_jax import load_model
 from locft_jax.data.capability import CapabilityItem
-from locft_jax.evaluation import run
-from locft_jax.evaluation.metrics import NEW_TOKENS, Probe
-from locft_jax.evaluation.run import Answers, Asked
+from locft_jax.evaluation import ask, probes, scoring, verify
+from locft_jax.evaluation.probes import NEW_TOKENS, Answers, Asked, Probe
 from locft_jax.model import decoder
 
 PROBES = [
@@ -48,7 +47,7 @@ def model(tiny_model_dir):
 
 
 def test_figures_by_kind_and_capability_by_task():
-    assert run.figures(asked(), AFTER) == {
+    assert scoring.figures(asked(), AFTER) == {
         "reliability": 0.5,
         "generalization": 1.0,
         "locality": 1.0,  # of the one probe whose answer is known
@@ -60,22 +59,22 @@ def test_figures_by_kind_and_capability_by_task():
 
 def test_figures_of_kinds_that_were_not_asked_are_null():
     nothing = Asked([], [], [], {})
-    assert set(run.figures(nothing, answers()).values()) == {None}
-    assert run.agreement(nothing, answers(), answers()) is None
-    assert run.counts(nothing) == {}
+    assert set(scoring.figures(nothing, answers()).values()) == {None}
+    assert scoring.agreement(nothing, answers(), answers()) is None
+    assert scoring.counts(nothing) == {}
 
 
 def test_correct_is_unknown_without_a_known_answer():
-    assert run.correct(asked(), AFTER)[3:6] == [True, None, None]
+    assert scoring.correct(asked(), AFTER)[3:6] == [True, None, None]
 
 
 def test_agreement_counts_changed_answers_of_locality_probes_only():
-    assert run.agreement(asked(), BEFORE, AFTER) == pytest.approx(2 / 3)
-    assert run.agreement(asked(), AFTER, AFTER) == 1.0
+    assert scoring.agreement(asked(), BEFORE, AFTER) == pytest.approx(2 / 3)
+    assert scoring.agreement(asked(), AFTER, AFTER) == 1.0
 
 
 def test_counts():
-    assert run.counts(asked()) == {
+    assert scoring.counts(asked()) == {
         "reliability": 2,
         "generalization": 1,
         "locality": 3,
@@ -85,11 +84,11 @@ def test_counts():
 
 
 def test_after_an_edit_edited_prompts_should_give_the_target_and_others_what_they_gave():
-    assert run.later_guesses(asked(), BEFORE) == [[10], [11], [12], *([100 + i] for i in range(3, 10))]
+    assert ask.later_guesses(asked(), BEFORE) == [[10], [11], [12], *([100 + i] for i in range(3, 10))]
 
 
 def test_lines_of_predictions():
-    lines = run.predictions(asked(), BEFORE, AFTER)
+    lines = scoring.predictions(asked(), BEFORE, AFTER)
     assert len(lines) == len(PROBES)
     assert lines[1] == {
         "case": "1",
@@ -101,9 +100,9 @@ def test_lines_of_predictions():
         "correct": False,
     }
     assert lines[4]["correct"] is None and lines[4]["target"] is None
-    alone = run.predictions(asked(), None, AFTER)[0]
+    alone = scoring.predictions(asked(), None, AFTER)[0]
     assert (alone["before"], alone["after"], alone["correct"]) == (None, "Vintown", True)
-    first = run.predictions(asked(), BEFORE, None)[0]
+    first = scoring.predictions(asked(), BEFORE, None)[0]
     assert (first["before"], first["after"], first["correct"]) == ("?", None, False)
 
 
@@ -115,7 +114,7 @@ def test_prepare_tokenizes_prompts_as_they_were_trained(model):
         CapabilityItem("sums", "Ten plus five is", "15"),
         CapabilityItem("pick", "Is it?", "no", ("yes", "no")),
     ]
-    made = run.prepare(model, PROBES[:6], items)
+    made = probes.prepare(model, PROBES[:6], items)
     assert made.probes[6:] == [
         Probe("sums", "capability", "Ten plus five is", "15"),
         Probe("pick", "capability", "Is it?", "no"),
@@ -148,10 +147,10 @@ def test_answers_end_by_the_official_rule_and_reliability_goes_on_while_it_can_m
             return [ids(text) for text in said], 2
         return [ids(" St. Vintown") + [0]], 1
 
-    monkeypatch.setattr(run, "answer", answer)
-    made = run.prepare(model, probes, [])
+    monkeypatch.setattr(verify, "answer", answer)
+    made = probes.prepare(model, probes, [])
     done = []
-    got = run.ask(model, {}, made, on_done=done.append)
+    got = ask.ask(model, {}, made, on_done=done.append)
     assert got.texts == ["St", "Mira Oredal", "a baker", "St", ""]
     assert got.full == ["St. Vintown", "Mira Oredal.", "a baker", "St.", ""]
     assert got.tokens == [ids(text) for text in said]
@@ -161,15 +160,15 @@ def test_answers_end_by_the_official_rule_and_reliability_goes_on_while_it_can_m
         # Only the first can still become its target; its guess goes on behind what is known.
         ([made.prompts[0]], [ids(" Vintown")], NEW_TOKENS, True, False, [ids(" St.")]),
     ]
-    assert run.figures(made, got)["reliability"] == pytest.approx(1 / 3)
-    assert run.figures(made, got)["reliability_eos_only"] == pytest.approx(2 / 3)
+    assert scoring.figures(made, got)["reliability"] == pytest.approx(1 / 3)
+    assert scoring.figures(made, got)["reliability_eos_only"] == pytest.approx(2 / 3)
 
 
 def test_the_share_that_differs_is_that_of_a_sample_decoded_again(tiny_model_dir, model):
     half = load_model(str(tiny_model_dir), "bfloat16", {"data": 1, "model": 1})
-    made = run.prepare(half, PROBES, [CapabilityItem("pick", "Is it?", "no", ("yes", "no"))])
-    got = run.ask(half, {}, made)
-    share = lambda model, answers: run.differing_share(model, {}, made, answers, 128, 0)  # noqa: E731
+    made = probes.prepare(half, PROBES, [CapabilityItem("pick", "Is it?", "no", ("yes", "no"))])
+    got = ask.ask(half, {}, made)
+    share = lambda model, answers: ask.differing_share(model, {}, made, answers, 128, 0)  # noqa: E731
     rounding = share(half, got)
     assert 0 <= rounding < 0.5
     wrong = dataclasses.replace(got, tokens=[[*t[:-1], t[-1] + 1] if t else t for t in got.tokens])
@@ -187,8 +186,8 @@ def test_choices_are_scored_by_log_likelihood_a_character(model):
         CapabilityItem("u", "Was it founded?", "no", ("yes", "no")),
     ]
     done = []
-    made = run.prepare(model, [], items)
-    got = run.ask(model, {}, made, on_done=done.append)
+    made = probes.prepare(model, [], items)
+    got = ask.ask(model, {}, made, on_done=done.append)
     assert sum(done) == 4 and got.tokens == [[]] * 4 and got.proved == 0
 
     forward = jax.jit(decoder.logits, static_argnums=0)
@@ -208,7 +207,7 @@ def test_choices_are_scored_by_log_likelihood_a_character(model):
     assert len({items[i].choices.index(t) for i, t in enumerate(expected)}) > 1
     right = [item.answer == text for item, text in zip(items, expected, strict=True)]
     tasks = [np.mean(right[:2]), np.mean(right[2:])]
-    assert run.figures(made, got)["capability"] == pytest.approx(np.mean(tasks))
+    assert scoring.figures(made, got)["capability"] == pytest.approx(np.mean(tasks))
 
 
 def test_probes_are_plain_values():

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from locft_jax.evaluation import generate
-from locft_jax.evaluation.generate import LEAST, Pool, Reader, Rows
+from locft_jax.model import decode as decode_module
+from locft_jax.model.decode import LEAST, Pool, Reader, Rows
 from locft_jax.model.sharding import make_mesh
 from locft_jax.model.spec import parse_spec
 from locft_jax.model.weights import init_weights
@@ -75,7 +75,7 @@ def test_every_text_gets_its_tokens_and_a_row_only_while_it_needs_it(reader, par
     got, count = [], 0
     with pytest.MonkeyPatch.context() as patch:
         for function in (admit, decode, keep_rows):
-            patch.setattr(generate, function.__name__, function)
+            patch.setattr(decode_module, function.__name__, function)
         for rooms in parts:
             texts = list(range(count, count + len(rooms)))
             count += len(rooms)

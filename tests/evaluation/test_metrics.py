@@ -6,18 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from locft_jax.data.requests import EditRequest
-from locft_jax.evaluation.metrics import (
-    KINDS,
-    Probe,
-    cut,
-    make_probes,
-    matches,
-    may_match,
-    normalize,
-    rate,
-    stop_tables,
-    unreachable,
-)
+from locft_jax.evaluation.probes import KINDS, Probe, make_probes
+from locft_jax.evaluation.scoring import cut, matches, may_match, normalize, rate, stop_tables, unreachable
 
 
 @pytest.mark.parametrize(

@@ -22,15 +22,17 @@ from locft_jax.data import requests as fields
 from locft_jax.data.capability import read_capability
 from locft_jax.data.requests import EditRequest, read_requests, requests_from_records
 from locft_jax.data.streaming import to_record
-from locft_jax.data.tokens import encode_pairs, prompt_ids, spaced
-from locft_jax.editing.checkpoint import base_digest
+from locft_jax.data.tokenize import encode_pairs, prompt_ids, spaced
 from locft_jax.editing.run import choose_site, encode_requests
 from locft_jax.errors import UserError, one_screen
-from locft_jax.evaluation.metrics import stop_tables
-from locft_jax.model.delta import check_delta, load_delta, make_delta, save_delta
-from locft_jax.model.hf import DTYPES, load_tokenizer, open_checkpoint, read_tensor, with_eos
+from locft_jax.evaluation.scoring import stop_tables
+from locft_jax.io.delta import check_delta, load_delta, make_delta, save_delta
+from locft_jax.io.hf_folder import DTYPES, open_checkpoint, read_tensor
+from locft_jax.io.hf_load import load_tokenizer
+from locft_jax.model.model import with_eos
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import weight_table
+from locft_jax.run_identity import base_digest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from toy_tokenizers import byte_level, metaspace, sentencepiece, wrap  # noqa: E402

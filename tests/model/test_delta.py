@@ -10,16 +10,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from locft_jax.errors import UserError
-from locft_jax.model import hf
-from locft_jax.model.delta import (
-    Delta,
-    check_delta,
-    diff_delta,
-    fingerprint,
-    load_delta,
-    make_delta,
-    save_delta,
-)
+from locft_jax.io import hf_folder, hf_load, hf_save
+from locft_jax.io.delta import Delta, check_delta, diff_delta, fingerprint, load_delta, make_delta, save_delta
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 NORM = "model.layers.2.input_layernorm.weight"
@@ -28,7 +20,7 @@ ONE = {"data": 1, "model": 1}
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_model_dir):
-    return hf.open_checkpoint(str(tiny_model_dir))
+    return hf_folder.open_checkpoint(str(tiny_model_dir))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +43,7 @@ def other(tiny_model_dir, tmp_path):
         tensors = load_file(folder / "model.safetensors")
         change(tensors)
         save_file(tensors, folder / "model.safetensors")
-        return hf.open_checkpoint(str(folder))
+        return hf_folder.open_checkpoint(str(folder))
 
     return make
 
@@ -70,7 +62,7 @@ def test_a_delta_holds_new_and_base_tensors_and_where_it_comes_from(delta, check
     assert set(stored) == {DOWN, NORM, f"base::{DOWN}", f"base::{NORM}"}
     for name in new:
         assert stored[name].tobytes() == new[name].tobytes()
-        assert stored[f"base::{name}"].tobytes() == hf.read_tensor(checkpoint, name).tobytes()
+        assert stored[f"base::{name}"].tobytes() == hf_folder.read_tensor(checkpoint, name).tobytes()
     with safe_open(path, "np") as f:
         metadata = f.metadata()
     assert metadata["fingerprint"] == fingerprint(checkpoint, delta.base)
@@ -96,8 +88,8 @@ def test_a_delta_holds_new_and_base_tensors_and_where_it_comes_from(delta, check
 
 
 def test_the_checkpoints_dtype_is_kept(tiny_model_dir, make_variant, tmp_path, new):
-    checkpoint = hf.open_checkpoint(str(make_variant(tiny_model_dir, tmp_path / "bf16", "bfloat16", files=3)))
-    delta = make_delta(checkpoint, hf.to_checkpoint_dtype(checkpoint, new), {})
+    checkpoint = hf_folder.open_checkpoint(str(make_variant(tiny_model_dir, tmp_path / "bf16", "bfloat16", files=3)))
+    delta = make_delta(checkpoint, hf_save.to_checkpoint_dtype(checkpoint, new), {})
     save_delta(delta, tmp_path / "d.safetensors")
     again = load_delta(tmp_path / "d.safetensors")
     assert {a.dtype for a in (*again.new.values(), *again.base.values())} == {np.dtype(ml_dtypes.bfloat16)}
@@ -111,15 +103,15 @@ def test_values_of_any_memory_order_are_saved_right(checkpoint, tmp_path):
 
 
 def test_a_model_with_a_delta_has_its_tensors(tiny_model_dir, delta, new):
-    model = hf.load_model(str(tiny_model_dir), mesh=ONE)
+    model = hf_load.load_model(str(tiny_model_dir), mesh=ONE)
     edited = model.apply(delta)
-    assert model.edits == {} and set(edited.edits) == set(new)
+    assert model.overrides == {} and set(edited.overrides) == set(new)
     for name in new:
-        np.testing.assert_array_equal(edited.edits[name], new[name])
+        np.testing.assert_array_equal(edited.overrides[name], new[name])
 
 
 def test_the_fingerprint_is_of_names_dtypes_shapes_and_the_edited_bytes(checkpoint, other):
-    base = {DOWN: hf.read_tensor(checkpoint, DOWN)}
+    base = {DOWN: hf_folder.read_tensor(checkpoint, DOWN)}
     print_of = fingerprint(checkpoint, base)
     assert print_of == fingerprint(checkpoint, dict(base)) and len(print_of) == 64
     assert print_of != fingerprint(checkpoint, {})
@@ -319,10 +311,10 @@ def test_diff_finds_what_differs_and_nothing_else(delta, checkpoint, other, tmp_
 
 def test_diff_of_other_files_of_the_same_model(tiny_model_dir, make_variant, tmp_path, delta, checkpoint):
     """Tensors are compared, not files."""
-    dealt = hf.open_checkpoint(str(make_variant(tiny_model_dir, tmp_path / "dealt", files=3)))
+    dealt = hf_folder.open_checkpoint(str(make_variant(tiny_model_dir, tmp_path / "dealt", files=3)))
     assert "no delta" in refused(diff_delta, checkpoint, dealt)
-    hf.save_hf(dealt, delta.new, tmp_path / "edited")
-    found = diff_delta(checkpoint, hf.open_checkpoint(str(tmp_path / "edited")))
+    hf_save.save_hf(dealt, delta.new, tmp_path / "edited")
+    found = diff_delta(checkpoint, hf_folder.open_checkpoint(str(tmp_path / "edited")))
     assert found.metadata["fingerprint"] == delta.metadata["fingerprint"]
     assert {n: a.tobytes() for n, a in found.new.items()} == {n: a.tobytes() for n, a in delta.new.items()}
 
@@ -332,7 +324,7 @@ def test_diff_of_what_are_not_two_states_of_one_model(
 ):
     message = refused(diff_delta, checkpoint, other(lambda tensors: tensors.update(extra=np.zeros(1))))
     assert "extra should not be there" in message
-    half = hf.open_checkpoint(str(make_variant(tiny_model_dir, tmp_path / "half", "float16")))
+    half = hf_folder.open_checkpoint(str(make_variant(tiny_model_dir, tmp_path / "half", "float16")))
     with pytest.raises(UserError, match=r"are not those of .*\n  lm_head.weight is F16 \[320, 32\], not F32"):
         diff_delta(checkpoint, half)
 
@@ -344,6 +336,6 @@ def test_diff_compares_tensors_of_any_dtype_but_saves_only_those_of_a_model(tiny
         tensors = load_file(folders[-1] / "model.safetensors")
         tensors["model.norm.weight"] = tensors["model.norm.weight"] + (name != "base")
         save_file(tensors | {"ids": np.arange(0, 8 * step, step)}, folders[-1] / "model.safetensors")
-    base, same, changed = (hf.open_checkpoint(str(f)) for f in folders)
+    base, same, changed = (hf_folder.open_checkpoint(str(f)) for f in folders)
     assert set(diff_delta(base, same).new) == {"model.norm.weight"}
     assert "ids has dtype I64" in refused(diff_delta, base, changed)

@@ -11,12 +11,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from locft_jax.editing.checkpoint import base_digest
 from locft_jax.errors import UserError
-from locft_jax.model import decoder, hf
-from locft_jax.model.delta import fingerprint
+from locft_jax.io import hf_folder, hf_load, hf_save
+from locft_jax.io.delta import fingerprint
+from locft_jax.model import decoder, model
 from locft_jax.model.sharding import make_mesh
 from locft_jax.model.weights import take_tensor, weight_table
+from locft_jax.run_identity import base_digest
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 NORM = "model.layers.2.input_layernorm.weight"
@@ -54,8 +55,8 @@ def rewrite(folder: Path, change) -> None:
 @pytest.mark.parametrize("files", [1, 3])
 def test_every_tensor_loads_as_it_is_stored(tiny_model_dir, make_variant, tmp_path, dtype, files):
     folder = make_variant(tiny_model_dir, tmp_path / "model", dtype, files)
-    checkpoint = hf.open_checkpoint(str(folder))
-    weights = hf.load_weights(checkpoint, make_mesh(ONE, jax.devices()[:1]))
+    checkpoint = hf_folder.open_checkpoint(str(folder))
+    weights = hf_load.load_weights(checkpoint, make_mesh(ONE, jax.devices()[:1]))
     stored = {n: a for f in folder.glob("*.safetensors") for n, a in load_file(f).items()}
     names = [n for row in weight_table(checkpoint.spec).values() for n in row.names()]
     assert sorted(names) == sorted(stored) == sorted(checkpoint.tensors)
@@ -63,20 +64,20 @@ def test_every_tensor_loads_as_it_is_stored(tiny_model_dir, make_variant, tmp_pa
         got = np.asarray(take_tensor(checkpoint.spec, weights, name))
         assert got.dtype == stored[name].dtype == checkpoint.dtype
         assert got.tobytes() == stored[name].tobytes(), name
-        assert hf.read_tensor(checkpoint, name).tobytes() == stored[name].tobytes()
+        assert hf_folder.read_tensor(checkpoint, name).tobytes() == stored[name].tobytes()
 
 
 def test_files_without_the_usual_name_are_found(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model-1.safetensors")
-    assert hf.weight_files(folder) == ["pytorch_model-1.safetensors"]
-    assert len(hf.open_checkpoint(str(folder)).tensors) == 30
+    assert hf_folder.weight_files(folder) == ["pytorch_model-1.safetensors"]
+    assert len(hf_folder.open_checkpoint(str(folder)).tensors) == 30
 
 
 def test_load_model_converts_and_shards_on_request(tiny_model_dir):
-    model = hf.load_model(str(tiny_model_dir), "bfloat16", {"data": 2, "model": 4})
+    model = hf_load.load_model(str(tiny_model_dir), "bfloat16", {"data": 2, "model": 4})
     assert model.dtype == ml_dtypes.bfloat16 and dict(model.mesh.shape) == {"data": 2, "model": 4}
     assert model.weights["gate"].sharding.shard_shape(model.weights["gate"].shape) == (3, 16, 32)
-    assert (model.eos, model.edits) == ((0,), {})
+    assert (model.eos, model.overrides) == ((0,), {})
     exact = load_file(tiny_model_dir / "model.safetensors")[DOWN]
     got = np.asarray(model.weights["down"])[1]
     np.testing.assert_array_equal(got, exact.astype(ml_dtypes.bfloat16))
@@ -84,8 +85,8 @@ def test_load_model_converts_and_shards_on_request(tiny_model_dir):
 
 def test_all_ids_that_end_an_answer_count(folder):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 0]}))
-    checkpoint = hf.open_checkpoint(str(folder))
-    assert hf.with_eos(checkpoint, hf.load_tokenizer(checkpoint)) == (0, 5)
+    checkpoint = hf_folder.open_checkpoint(str(folder))
+    assert model.with_eos(checkpoint, hf_load.load_tokenizer(checkpoint)) == (0, 5)
 
 
 # ---------------------------------------------------------------- refusals, before weights are read
@@ -94,7 +95,7 @@ def test_all_ids_that_end_an_answer_count(folder):
 @pytest.fixture
 def no_weights(monkeypatch):
     """Loading weights fails the test."""
-    monkeypatch.setattr(hf, "load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(hf_load, "load_weights", lambda *_: pytest.fail("weights were read"))
 
 
 def test_missing_misshapen_and_mistyped_tensors_are_listed_all_at_once(folder, no_weights):
@@ -104,7 +105,7 @@ def test_missing_misshapen_and_mistyped_tensors_are_listed_all_at_once(folder, n
         tensors["model.norm.weight"] = np.zeros(32, np.int32)
 
     rewrite(folder, damage)
-    message = refused(hf.load_model, str(folder))
+    message = refused(hf_load.load_model, str(folder))
     assert message.splitlines()[0] == f"{folder}: the weights do not match config.json:"
     assert [line.strip() for line in message.splitlines()[1:]] == [
         f"missing {NORM}",
@@ -116,17 +117,17 @@ def test_missing_misshapen_and_mistyped_tensors_are_listed_all_at_once(folder, n
 
 def test_a_long_list_is_cut(folder, no_weights):
     rewrite(folder, lambda tensors: [tensors.pop(n) for n in list(tensors) if "layers" in n])
-    message = refused(hf.load_model, str(folder))
+    message = refused(hf_load.load_model, str(folder))
     assert message.count("missing") == 15 and message.endswith("... and 12 more")
 
 
 def test_tensors_beyond_the_architecture_are_kept_but_not_needed(folder, tmp_path):
     odd = {"scalar": np.array(3.0), "none": np.zeros((0, 3), np.float32)}
     rewrite(folder, lambda tensors: tensors.update(extra=np.arange(5), **odd))
-    checkpoint = hf.open_checkpoint(str(folder))
+    checkpoint = hf_folder.open_checkpoint(str(folder))
     assert checkpoint.nbytes(["extra", *odd]) == 48 and len(base_digest(checkpoint, [DOWN])) == 64
-    hf.load_weights(checkpoint)
-    hf.save_hf(checkpoint, {DOWN: np.ones((32, 64), np.float32)}, tmp_path / "out")
+    hf_load.load_weights(checkpoint)
+    hf_save.save_hf(checkpoint, {DOWN: np.ones((32, 64), np.float32)}, tmp_path / "out")
     np.testing.assert_array_equal(load_file(tmp_path / "out" / "model.safetensors")["extra"], np.arange(5))
 
 
@@ -149,7 +150,7 @@ def damage_garbage(path):
 @pytest.mark.parametrize("damage", [damage_truncate, damage_header, damage_empty, damage_garbage])
 def test_corrupt_safetensors(folder, no_weights, damage):
     damage(folder / "model.safetensors")
-    message = refused(hf.load_model, str(folder))
+    message = refused(hf_load.load_model, str(folder))
     assert f"{folder / 'model.safetensors'}: not a readable safetensors file" in message
 
 
@@ -169,13 +170,13 @@ def test_corrupt_safetensors(folder, no_weights, damage):
 def test_an_index_must_name_files_of_its_folder(folder, no_weights, weight_map, said):
     (folder.parent / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    message = refused(hf.load_model, str(folder))
+    message = refused(hf_load.load_model, str(folder))
     assert said in message and "index.json" in message
 
 
 def test_a_malformed_index(folder):
     (folder / INDEX).write_text("{")
-    assert f"{folder / INDEX}: not valid JSON" in refused(hf.load_model, str(folder))
+    assert f"{folder / INDEX}: not valid JSON" in refused(hf_load.load_model, str(folder))
 
 
 def test_a_tensor_that_the_index_promises_but_no_file_holds(tiny_model_dir, make_variant, tmp_path):
@@ -184,22 +185,22 @@ def test_a_tensor_that_the_index_promises_but_no_file_holds(tiny_model_dir, make
     tensors = load_file(part)
     gone = sorted(tensors)[0]
     save_file({n: a for n, a in tensors.items() if n != gone}, part)
-    assert f"missing {gone}" in refused(hf.load_model, str(folder))
+    assert f"missing {gone}" in refused(hf_load.load_model, str(folder))
 
 
 def test_folders_that_are_no_models(folder, no_weights, tmp_path):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert "no .safetensors file; convert" in refused(hf.load_model, str(folder))
+    assert "no .safetensors file; convert" in refused(hf_load.load_model, str(folder))
     (tmp_path / "empty").mkdir()
-    assert "config.json" in refused(hf.load_model, str(tmp_path / "empty"))
+    assert "config.json" in refused(hf_load.load_model, str(tmp_path / "empty"))
     for name in ("missing-folder", "./a/b", "/nowhere/at/all", "a/b/c", str(folder / "config.json")):
-        assert f"no folder {name!r}" in refused(hf.load_model, name)
+        assert f"no folder {name!r}" in refused(hf_load.load_model, name)
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    assert "'gpt2' is not supported" in refused(hf.load_model, str(folder))
+    assert "'gpt2' is not supported" in refused(hf_load.load_model, str(folder))
 
 
 def test_a_hub_id_without_network(no_weights):
-    message = refused(hf.load_model, "nobody/no-such-model")
+    message = refused(hf_load.load_model, "nobody/no-such-model")
     assert "'nobody/no-such-model' is no folder here and could not be fetched" in message
     assert "\n" not in message
 
@@ -212,16 +213,16 @@ def test_a_hub_id_is_fetched_without_pickles(folder, monkeypatch):
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert hf.open_checkpoint("owner/tiny").name == "tiny"
+    assert hf_folder.open_checkpoint("owner/tiny").name == "tiny"
     assert asked["name"] == "owner/tiny"
     assert not any(p in ("*", "*.bin", "*.pt", "*.py") for p in asked["patterns"])
 
 
 def test_a_folder_without_a_usable_tokenizer(folder, no_weights):
     (folder / "tokenizer.json").write_text("{}")
-    assert "the tokenizer cannot be loaded" in refused(hf.load_model, str(folder))
+    assert "the tokenizer cannot be loaded" in refused(hf_load.load_model, str(folder))
     (folder / "tokenizer.json").unlink()
-    assert "no tokenizer (tokenizer.json)" in refused(hf.load_model, str(folder))
+    assert "no tokenizer (tokenizer.json)" in refused(hf_load.load_model, str(folder))
 
 
 # ---------------------------------------------------------------- HF -> JAX -> HF
@@ -230,9 +231,9 @@ def test_a_folder_without_a_usable_tokenizer(folder, no_weights):
 def edited_tensors(checkpoint) -> dict[str, np.ndarray]:
     """A matrix and a norm, changed, through the model and back: {name: array in checkpoint dtype}."""
     mesh = make_mesh(ONE, jax.devices()[:1])
-    weights = hf.load_weights(checkpoint, mesh)
+    weights = hf_load.load_weights(checkpoint, mesh)
     masters = {n: take_tensor(checkpoint.spec, weights, n).astype(np.float32) + 0.3 for n in (DOWN, NORM)}
-    return hf.to_checkpoint_dtype(checkpoint, masters)
+    return hf_save.to_checkpoint_dtype(checkpoint, masters)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -242,20 +243,20 @@ def test_round_trip_keeps_every_byte_that_was_not_edited(
 ):
     folder = make_variant(tiny_model_dir, tmp_path / "model", dtype, files)
     (folder / "notes").mkdir()  # only files belong to a model
-    checkpoint = hf.open_checkpoint(str(folder))
+    checkpoint = hf_folder.open_checkpoint(str(folder))
     edited = edited_tensors(checkpoint)
     out = tmp_path / "out"
-    hf.save_hf(checkpoint, edited, out)
+    hf_save.save_hf(checkpoint, edited, out)
 
     before, after = contents(folder), contents(out)
     assert set(before) == set(after)
     rewritten = {checkpoint.tensors[name].file for name in edited}
     assert len(rewritten) == min(files, 2)
     assert {name for name in before if before[name] != after[name]} == rewritten
-    again = hf.open_checkpoint(str(out))
+    again = hf_folder.open_checkpoint(str(out))
     assert again.tensors == checkpoint.tensors  # names, files, shapes, dtypes
     for name in checkpoint.tensors:
-        got, base = hf.read_tensor(again, name), hf.read_tensor(checkpoint, name)
+        got, base = hf_folder.read_tensor(again, name), hf_folder.read_tensor(checkpoint, name)
         assert (got.tobytes() == base.tobytes()) == (name not in edited), name
         assert got.tobytes() == edited.get(name, base).tobytes()
     for name in rewritten:
@@ -275,32 +276,32 @@ def test_the_header_stays_as_its_writer_made_it(folder, tmp_path):
     path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
 
     value = np.full((32, 64), 7, np.float32)
-    hf.save_hf(hf.open_checkpoint(str(folder)), {DOWN: value}, tmp_path / "out")
+    hf_save.save_hf(hf_folder.open_checkpoint(str(folder)), {DOWN: value}, tmp_path / "out")
     begin, end = (8 + len(text) + at for at in header[DOWN]["data_offsets"])
     before, after = path.read_bytes(), (tmp_path / "out" / path.name).read_bytes()
     assert after == before[:begin] + value.tobytes() + before[end:]
 
 
 def test_tensors_of_another_shape_or_dtype_are_not_written(tiny_model_dir, tmp_path):
-    checkpoint = hf.open_checkpoint(str(tiny_model_dir))
+    checkpoint = hf_folder.open_checkpoint(str(tiny_model_dir))
     for value in (np.zeros((64, 32), np.float32), np.zeros((32, 64), np.float16)):
         with pytest.raises(ValueError, match="down_proj"):
-            hf.save_hf(checkpoint, {DOWN: value}, tmp_path / "out")
+            hf_save.save_hf(checkpoint, {DOWN: value}, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_saving_unchanged_tensors_gives_the_same_values_everywhere(tiny_model_dir, tmp_path):
-    checkpoint = hf.open_checkpoint(str(tiny_model_dir))
-    weights = hf.load_weights(checkpoint, make_mesh({"data": 1, "model": 8}))  # gathered from 8 devices
+    checkpoint = hf_folder.open_checkpoint(str(tiny_model_dir))
+    weights = hf_load.load_weights(checkpoint, make_mesh({"data": 1, "model": 8}))  # gathered from 8 devices
     everything = {n: take_tensor(checkpoint.spec, weights, n) for n in checkpoint.tensors}
-    hf.save_hf(checkpoint, hf.to_checkpoint_dtype(checkpoint, everything), tmp_path / "out")
+    hf_save.save_hf(checkpoint, hf_save.to_checkpoint_dtype(checkpoint, everything), tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tiny_model_dir)
 
 
 def test_edited_tensors_of_any_memory_order_are_written_right(tiny_model_dir, tmp_path):
-    checkpoint = hf.open_checkpoint(str(tiny_model_dir))
+    checkpoint = hf_folder.open_checkpoint(str(tiny_model_dir))
     value = np.arange(64 * 32, dtype=np.float32).reshape(64, 32).T
-    hf.save_hf(checkpoint, {DOWN: value}, tmp_path / "out")
+    hf_save.save_hf(checkpoint, {DOWN: value}, tmp_path / "out")
     np.testing.assert_array_equal(load_file(tmp_path / "out" / "model.safetensors")[DOWN], value)
 
 
@@ -310,14 +311,14 @@ def test_linked_files_are_copied_as_files(tiny_model_dir, tmp_path):
     folder.mkdir()
     for path in tiny_model_dir.iterdir():
         (folder / path.name).symlink_to(path)
-    checkpoint = hf.open_checkpoint(str(folder))
-    hf.save_hf(checkpoint, {NORM: np.ones(32, np.float32)}, tmp_path / "out")
+    checkpoint = hf_folder.open_checkpoint(str(folder))
+    hf_save.save_hf(checkpoint, {NORM: np.ones(32, np.float32)}, tmp_path / "out")
     assert not any(p.is_symlink() for p in (tmp_path / "out").iterdir())
     assert (tmp_path / "out" / "config.json").read_bytes() == (tiny_model_dir / "config.json").read_bytes()
 
 
 def test_nothing_is_left_behind_when_saving_fails_half_way(tiny_model_dir, tmp_path, monkeypatch):
-    checkpoint = hf.open_checkpoint(str(tiny_model_dir))
+    checkpoint = hf_folder.open_checkpoint(str(tiny_model_dir))
     before = contents(tiny_model_dir)
 
     def full(descriptor):
@@ -326,17 +327,17 @@ def test_nothing_is_left_behind_when_saving_fails_half_way(tiny_model_dir, tmp_p
     monkeypatch.setattr("os.fsync", full)
     out = tmp_path / "results" / "hf"
     with pytest.raises(OSError, match="No space left"):
-        hf.save_hf(checkpoint, {NORM: np.ones(32, np.float32)}, out)
+        hf_save.save_hf(checkpoint, {NORM: np.ones(32, np.float32)}, out)
     assert list(out.parent.iterdir()) == []
     assert contents(tiny_model_dir) == before
 
 
 def test_with_edits_leaves_the_given_model_as_it_was(tiny_model_dir):
-    model = hf.load_model(str(tiny_model_dir), mesh=ONE)
-    first = model.with_edits({DOWN: np.ones((32, 64), np.float32)})
-    second = first.with_edits({NORM: np.full(32, 2.0)})
-    assert (set(model.edits), set(first.edits)) == (set(), {DOWN})
-    assert set(second.edits) == {DOWN, NORM} and second.edits[NORM].dtype == np.float32
+    model = hf_load.load_model(str(tiny_model_dir), mesh=ONE)
+    first = model.with_overrides({DOWN: np.ones((32, 64), np.float32)})
+    second = first.with_overrides({NORM: np.full(32, 2.0)})
+    assert (set(model.overrides), set(first.overrides)) == (set(), {DOWN})
+    assert set(second.overrides) == {DOWN, NORM} and second.overrides[NORM].dtype == np.float32
     assert second.weights is model.weights  # nothing is copied
 
 
@@ -344,16 +345,16 @@ def test_with_edits_leaves_the_given_model_as_it_was(tiny_model_dir):
 def test_the_exported_folder_loads_in_transformers_with_our_logits(tiny_model_dir, torch, tmp_path):
     import transformers
 
-    model = hf.load_model(str(tiny_model_dir), mesh=ONE)
-    edited = edited_tensors(model.checkpoint)
-    hf.save_hf(model.checkpoint, edited, tmp_path / "hf")
+    model = hf_load.load_model(str(tiny_model_dir), mesh=ONE)
+    edited = edited_tensors(model.folder)
+    hf_save.save_hf(model.folder, edited, tmp_path / "hf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     tokens = np.random.default_rng(0).integers(0, model.spec.vocab_size, (2, 24))
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens)).logits.numpy()
-    ours = model.with_edits(edited)
+    ours = model.with_overrides(edited)
     forward = jax.jit(decoder.logits, static_argnums=0)
-    got = np.asarray(forward(ours.spec, ours.weights, ours.edits, tokens))
+    got = np.asarray(forward(ours.spec, ours.weights, ours.overrides, tokens))
     plain = np.asarray(forward(model.spec, model.weights, {}, tokens))
     assert np.abs(got - plain).max() > 0.1  # the edit shows
     np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
@@ -361,4 +362,4 @@ def test_the_exported_folder_loads_in_transformers_with_our_logits(tiny_model_di
     text = "The capital of Oredal is"
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert loaded(text)["input_ids"] == model.tokenizer(text)["input_ids"]
-    assert fingerprint(model.checkpoint, {}) == fingerprint(hf.open_checkpoint(str(tmp_path / "hf")), {})
+    assert fingerprint(model.folder, {}) == fingerprint(hf_folder.open_checkpoint(str(tmp_path / "hf")), {})

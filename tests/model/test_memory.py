@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from locft_jax.data.tokens import corpus_from_lists
+from locft_jax.data.packing import corpus_from_lists
 from locft_jax.errors import UserError
-from locft_jax.model import hf, memory
+from locft_jax.io import hf_folder, hf_load
+from locft_jax.model import memory
 from locft_jax.model.memory import Room, Step, as_text, check_memory, estimate, step_of
 from locft_jax.model.sharding import make_mesh
 from locft_jax.model.spec import parse_spec
@@ -45,9 +46,9 @@ def test_int8_is_a_byte_a_weight_and_a_scale_a_row(llama):
 
 
 def test_what_is_counted_is_what_is_loaded(tiny_model_dir):
-    checkpoint = hf.open_checkpoint(str(tiny_model_dir))
+    checkpoint = hf_folder.open_checkpoint(str(tiny_model_dir))
     mesh = make_mesh({"data": 2, "model": 4})
-    weights = hf.load_weights(checkpoint, mesh)
+    weights = hf_load.load_weights(checkpoint, mesh)
     shards = [a.addressable_shards[0].data.nbytes for a in weights.values()]
     assert estimate(checkpoint.spec, mesh.shape, 4).weights == sum(shards)
 

@@ -20,7 +20,7 @@ def model(tiny_model_dir):
 @pytest.fixture(scope="module")
 def edited(model):
     value = np.random.default_rng(0).standard_normal((32, 64), np.float32)
-    return model.with_edits({DOWN: value})
+    return model.with_overrides({DOWN: value})
 
 
 def test_logits_are_those_of_the_functional_model(model, edited):
@@ -30,7 +30,7 @@ def test_logits_are_those_of_the_functional_model(model, edited):
     functional = jax.jit(decoder.logits, static_argnums=0)
     expected = functional(model.spec, model.weights, {}, tokens)
     np.testing.assert_allclose(plain, expected, atol=1e-5, rtol=0)
-    expected = functional(model.spec, model.weights, edited.edits, tokens)
+    expected = functional(model.spec, model.weights, edited.overrides, tokens)
     np.testing.assert_allclose(changed, expected, atol=1e-5, rtol=0)
     assert plain.shape == (2, 12, model.spec.vocab_size) and plain.dtype == np.float32
     assert np.abs(plain - changed).max() > 0.1  # the edit shows
@@ -42,7 +42,7 @@ def test_state_holds_the_weights_by_key_and_the_edits_by_name(model, edited):
     assert set(state) == {"weights", "edits"} and set(state["weights"]) == set(model.weights)
     assert list(state["edits"]) == [DOWN]
     assert state["weights"]["down"] is model.weights["down"]  # not a second copy
-    np.testing.assert_array_equal(state["edits"][DOWN], edited.edits[DOWN])
+    np.testing.assert_array_equal(state["edits"][DOWN], edited.overrides[DOWN])
     assert nnx.to_pure_dict(nnx.state(CausalLM(model), nnx.Param)).get("edits", {}) == {}
 
 
@@ -51,7 +51,7 @@ def test_flax_code_can_take_the_module_apart_and_change_it(edited):
     graph, state = nnx.split(module)
     twin = nnx.merge(graph, jax.tree.map(lambda a: a, state))
     twin.edits[DOWN][...] = jnp.zeros((32, 64))
-    assert float(jnp.abs(edited.edits[DOWN]).max()) > 0  # the model that was given is not changed
+    assert float(jnp.abs(edited.overrides[DOWN]).max()) > 0  # the model that was given is not changed
     assert float(jnp.abs(twin.edits[DOWN][...]).max()) == 0
 
     def loss(module):

@@ -10,9 +10,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from families import FAMILIES, make_family  # noqa: E402
 
-from locft_jax.evaluation.answers import answer  # noqa: E402
-from locft_jax.evaluation.generate import Reader  # noqa: E402
-from locft_jax.model import decoder, hf  # noqa: E402
+from locft_jax.evaluation.verify import answer  # noqa: E402
+from locft_jax.io import (
+    hf_folder,  # noqa: E402
+    hf_load,
+)
+from locft_jax.model import decoder  # noqa: E402
+from locft_jax.model.decode import Reader  # noqa: E402
 from locft_jax.model.sharding import make_mesh, tensor_spec  # noqa: E402
 from locft_jax.model.weights import weight_table  # noqa: E402
 
@@ -23,7 +27,7 @@ forward = jax.jit(decoder.logits, static_argnums=0)
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def family(request, torch, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    return make_family(request.param, folder), hf.open_checkpoint(str(folder))
+    return make_family(request.param, folder), hf_folder.open_checkpoint(str(folder))
 
 
 def test_logits_equal_transformers_on_one_and_eight_devices(family, torch):
@@ -34,7 +38,7 @@ def test_logits_equal_transformers_on_one_and_eight_devices(family, torch):
     for shape in ({"data": 1, "model": 1}, {"data": 1, "model": 8}, {"data": 4, "model": 2}):
         devices = jax.devices()[:1] if shape["model"] == 1 else None
         mesh = make_mesh(shape, devices)
-        weights = hf.load_weights(checkpoint, mesh)
+        weights = hf_load.load_weights(checkpoint, mesh)
         for key, row in weight_table(checkpoint.spec).items():
             assert weights[key].sharding.spec == tensor_spec(mesh, checkpoint.spec, row), key
         got = np.asarray(forward(checkpoint.spec, weights, {}, tokens))
@@ -47,7 +51,7 @@ def test_greedy_generation_equals_transformers(family, torch):
     rng = np.random.default_rng(2)
     prompts = [rng.integers(0, 96, n).tolist() for n in (1, 3, 7, 12, 5, 9, 2, 40, 4)]
     mesh = make_mesh({"data": 1, "model": 1}, jax.devices()[:1])
-    weights = hf.load_weights(checkpoint, mesh)
+    weights = hf_load.load_weights(checkpoint, mesh)
     stop = np.zeros(97, bool)
     stop[[96, 11, 12]] = True  # several stop tokens, so that answers end at different times
     reader = Reader(checkpoint.spec, weights, {}, mesh)
@@ -68,8 +72,8 @@ def test_bfloat16_stays_near_float32(family, torch):
     _, checkpoint = family
     mesh = make_mesh({"data": 1, "model": 1}, jax.devices()[:1])
     tokens = np.random.default_rng(3).integers(0, 96, (2, 16))
-    exact = np.asarray(forward(checkpoint.spec, hf.load_weights(checkpoint, mesh), {}, tokens))
-    half = hf.load_weights(checkpoint, mesh, jax.numpy.bfloat16)
+    exact = np.asarray(forward(checkpoint.spec, hf_load.load_weights(checkpoint, mesh), {}, tokens))
+    half = hf_load.load_weights(checkpoint, mesh, jax.numpy.bfloat16)
     got = np.asarray(forward(checkpoint.spec, half, {}, tokens))
     # bfloat16 keeps 8 bits: 0.4 % a rounding, and a handful of roundings a layer. 5 % of the logits'
     # own scale is the distance we state.
@@ -78,7 +82,7 @@ def test_bfloat16_stays_near_float32(family, torch):
 
 def test_unsharded_where_the_mesh_does_not_divide(torch, tmp_path):
     make_family("llama", tmp_path)
-    spec = hf.open_checkpoint(str(tmp_path)).spec
+    spec = hf_folder.open_checkpoint(str(tmp_path)).spec
     mesh = make_mesh({"data": 1, "model": 8})
     specs = {k: tensor_spec(mesh, spec, row) for k, row in weight_table(spec).items()}
     assert specs["gate"] == jax.sharding.PartitionSpec(None, "model")  # 48 / 8

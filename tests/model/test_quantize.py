@@ -11,14 +11,15 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from locft_jax import CausalLM, UserError
-from locft_jax.data.tokens import corpus_from_lists, fit_shape, pack
-from locft_jax.editing.pipeline import place_batch
-from locft_jax.editing.preserve import second_moments
+from locft_jax.data.packing import corpus_from_lists, fit_shape, pack
+from locft_jax.editing.regularizers.preconditioner import second_moments
 from locft_jax.editing.site import read_site
 from locft_jax.editing.step import batch_loss
-from locft_jax.evaluation.answers import answer
-from locft_jax.evaluation.generate import Reader
-from locft_jax.model import decoder, hf
+from locft_jax.editing.trainer import place_batch
+from locft_jax.evaluation.verify import answer
+from locft_jax.io import hf_folder, hf_load
+from locft_jax.model import decoder
+from locft_jax.model.decode import Reader
 from locft_jax.model.memory import estimate
 from locft_jax.model.quantize import Quantized, product, quantize_rows, row_scales
 from locft_jax.model.sharding import make_mesh, replicated, weight_shardings
@@ -37,8 +38,8 @@ def mesh_of(sizes):
 
 def load(folder, sizes=ONE):
     """(checkpoint, int8 weights in the checkpoint's dtype)."""
-    checkpoint = hf.open_checkpoint(str(folder))
-    return checkpoint, hf.load_weights(checkpoint, mesh_of(sizes), int8=True)
+    checkpoint = hf_folder.open_checkpoint(str(folder))
+    return checkpoint, hf_load.load_weights(checkpoint, mesh_of(sizes), int8=True)
 
 
 def dequantized(weights):
@@ -112,7 +113,7 @@ def test_a_product_in_every_dtype(dtype):
 def test_loaded_values_are_those_of_the_stored_tensors(
     tiny_model_dir, make_variant, tmp_path, dtype, monkeypatch
 ):
-    monkeypatch.setattr(hf, "BLOCK", 5 * 32)  # several blocks a matrix, the last one short
+    monkeypatch.setattr(hf_folder, "BLOCK", 5 * 32)  # several blocks a matrix, the last one short
     checkpoint, weights = load(make_variant(tiny_model_dir, tmp_path / "model", dtype, 3))
     assert {k for k, w in weights.items() if isinstance(w, Quantized)} == MATRICES
     shapes = abstract_weights(checkpoint.spec, checkpoint.dtype, int8=True)
@@ -120,7 +121,7 @@ def test_loaded_values_are_those_of_the_stored_tensors(
     assert told(weights) == told(shapes)
     for key, row in weight_table(checkpoint.spec).items():
         for layer, name in enumerate(row.names()):
-            stored = hf.read_tensor(checkpoint, name)
+            stored = hf_folder.read_tensor(checkpoint, name)
             mine = jax.tree.map(
                 lambda a, l=layer, row=row: np.asarray(a[l] if row.layers else a), weights[key]
             )
@@ -163,11 +164,11 @@ def test_loading_never_holds_a_float_copy(make_model, tmp_path, monkeypatch):
     folder = make_model(
         tmp_path, hidden_size=128, intermediate_size=1024, num_hidden_layers=6, vocab_size=4096
     )
-    monkeypatch.setattr(hf, "BLOCK", 2**12)
+    monkeypatch.setattr(hf_folder, "BLOCK", 2**12)
     for sizes in (ONE, MESHES[0]):
-        checkpoint, mesh = hf.open_checkpoint(str(folder)), mesh_of(sizes)
+        checkpoint, mesh = hf_folder.open_checkpoint(str(folder)), mesh_of(sizes)
         tracemalloc.start()
-        weights = hf.load_weights(checkpoint, mesh, int8=True)
+        weights = hf_load.load_weights(checkpoint, mesh, int8=True)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         held = sum(s.data.nbytes for a in jax.tree.leaves(weights) for s in a.addressable_shards)
@@ -183,7 +184,7 @@ def test_what_is_not_finite_is_found_while_quantizing(tiny_model_dir, tmp_path, 
     save_file(tensors, folder / "model.safetensors")
     for sizes in (ONE, MESHES[0]):
         with pytest.raises(UserError) as error:
-            hf.load_model(str(folder), "int8", sizes if sizes["model"] > 1 else None)
+            hf_load.load_model(str(folder), "int8", sizes if sizes["model"] > 1 else None)
         lines = str(error.value).splitlines()
         assert "NaN or infinity (as float32) in these tensors" in lines[0]
         assert [line.strip() for line in lines[1:]] == [DOWN, "model.norm.weight", "lm_head.weight"]
@@ -215,12 +216,12 @@ def test_edits_of_every_kind_stand_in_for_int8_tensors(folders):
     checkpoint, int8 = load(folders["untied"])
     twin, tokens = dequantized(int8), np.arange(24).reshape(2, 12)
     names = ("model.embed_tokens.weight", "lm_head.weight", DOWN, "model.layers.0.input_layernorm.weight")
-    edits = {n: hf.read_tensor(checkpoint, n) + np.float32(0.1) for n in names}
+    edits = {n: hf_folder.read_tensor(checkpoint, n) + np.float32(0.1) for n in names}
     want = np.asarray(forward(checkpoint.spec, twin, edits, tokens))
     np.testing.assert_allclose(forward(checkpoint.spec, int8, edits, tokens), want, rtol=1e-5, atol=1e-5)
     assert np.abs(want - np.asarray(forward(checkpoint.spec, int8, {}, tokens))).max() > 0.1
 
-    half = hf.load_weights(checkpoint, mesh_of(ONE), jnp.bfloat16, int8=True)
+    half = hf_load.load_weights(checkpoint, mesh_of(ONE), jnp.bfloat16, int8=True)
     x = decoder.embed(checkpoint.spec, half, edits, tokens)
     assert x.dtype == jnp.bfloat16 and half["norm"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(x, edits[names[0]].astype(ml_dtypes.bfloat16)[tokens])
@@ -242,7 +243,7 @@ def test_decoding_and_preserved_inputs(model):
 
 
 def test_the_flax_module(folders):
-    model = hf.load_model(str(folders["untied"]), "int8", ONE)
+    model = hf_load.load_model(str(folders["untied"]), "int8", ONE)
     tokens = np.arange(24).reshape(2, 12)
     got = nnx.jit(lambda module, tokens: module(tokens))(CausalLM(model), tokens)
     np.testing.assert_allclose(got, forward(model.spec, model.weights, {}, tokens), rtol=1e-5, atol=1e-5)

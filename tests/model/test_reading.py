@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from locft_jax.model import hf, reading
-from locft_jax.model.headers import read_header
+from locft_jax.io import hf_folder, hf_load, reading
+from locft_jax.io.safetensors_header import read_header
 from locft_jax.model.sharding import make_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,8 +73,8 @@ def test_a_cpu_device_takes_the_weights_as_they_were_read(tiny_model_dir, monkey
     made = []
     empty = reading.empty
     monkeypatch.setattr(reading, "empty", lambda *a: made.append(empty(*a)) or made[-1])
-    weights = hf.load_weights(
-        hf.open_checkpoint(str(tiny_model_dir)), make_mesh({"data": 1, "model": 1}, jax.devices()[:1])
+    weights = hf_load.load_weights(
+        hf_folder.open_checkpoint(str(tiny_model_dir)), make_mesh({"data": 1, "model": 1}, jax.devices()[:1])
     )
     places = {array.ctypes.data for array in made}
     assert all(a.addressable_data(0).unsafe_buffer_pointer() in places for a in weights.values())

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from locft_jax.evaluation.answers import answer
-from locft_jax.evaluation.generate import Reader
+from locft_jax.evaluation.verify import answer
+from locft_jax.io.hf_load import load_model
 from locft_jax.model import decoder
-from locft_jax.model.hf import load_model
+from locft_jax.model.decode import Reader
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from locft_jax.data.tokens import corpus_from_lists, fit_shape, pack
-from locft_jax.editing.pipeline import place_batch
+from locft_jax.data.packing import corpus_from_lists, fit_shape, pack
 from locft_jax.editing.site import read_site
 from locft_jax.editing.step import Hyper, init_state, train_step
-from locft_jax.evaluation.answers import score_batch
-from locft_jax.evaluation.generate import Pool, Reader, decode, read_batch
+from locft_jax.editing.trainer import place_batch
+from locft_jax.evaluation.verify import score_batch
 from locft_jax.model import decoder
+from locft_jax.model.decode import Pool, Reader, decode, read_batch
 from locft_jax.model.sharding import cache_sharding, make_mesh, replicated, weight_shardings
 from locft_jax.model.spec import parse_spec
 from locft_jax.model.weights import abstract_weights

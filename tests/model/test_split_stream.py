@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from locft_jax.data.tokens import corpus_from_lists, fit_shape, pack
-from locft_jax.editing.pipeline import place_batch
+from locft_jax.data.packing import corpus_from_lists, fit_shape, pack
 from locft_jax.editing.site import read_site
 from locft_jax.editing.step import Hyper, init_state, train_step
-from locft_jax.evaluation.generate import decode, pool_like
+from locft_jax.editing.trainer import place_batch
+from locft_jax.model.decode import decode, pool_like
 from locft_jax.model.sharding import (
     make_mesh,
     replicated,

@@ -1,0 +1,74 @@
+"""What all commands share: exit statuses and messages without tracebacks."""
+
+import io
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from locft_jax import distributed, logs
+from locft_jax.errors import UserError, one_screen, reason
+
+LESS_MEMORY = "a smaller batch_size or row_length, prefix_cache=off or a larger model axis in mesh needs less"
+
+
+def run_command(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
+    """Exit status of a command: 0 done; 2 the user's input is wrong (one message of at most a screen,
+    no traceback); 1 anything else that can be foreseen (a loss that is not finite, a full disk, a
+    device without memory left, another process that died, Ctrl-C)."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is here for tokenizers: no word on torch
+    for name in (
+        "absl",
+        "asyncio",
+        "gcsfs",
+    ):  # orbax's failures come with tracebacks there; ours say what to do
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unraisable
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may say what a terminal cannot show
+    try:
+        status = _status(main, argv)
+    except Exception:
+        if not distributed.several():
+            raise
+        traceback.print_exc()
+        status = 1
+    if distributed.several():  # it has not left with the others
+        distributed.abandon(status)
+    return status
+
+
+def _status(main: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
+    try:
+        main(argv)
+    except UserError as e:
+        return _tell(f"error: {e}", 2, own=not isinstance(e, distributed.Agreed))
+    except FloatingPointError as e:
+        return _tell(f"failed: {e}", 1)
+    except (OSError, MemoryError) as e:
+        return _tell(f"failed: {str(e) or type(e).__name__}", 1, own=True)
+    except RuntimeError as e:  # jax has no type of its own for these
+        if distributed.lost(e):
+            return _tell(f"failed: {distributed.LOST} ({reason(e)})", 1, own=True)
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        line = str(e).splitlines()[0]
+        return _tell(f"failed: the device has no memory left ({line}); {LESS_MEMORY}", 1, own=True)
+    except KeyboardInterrupt as e:
+        return _tell(f"interrupted: {str(e) or 'nothing was written'}", 1)
+    return 0
+
+
+def _tell(text: str, status: int, own: bool = False) -> int:
+    """Print a message and give back the status. What is this process's `own` is said in each process."""
+    if own or not logs.quiet:
+        print(one_screen(text), file=sys.stderr)
+    return status
+
+
+def _unraisable(told: "sys.UnraisableHookArgs") -> None:
+    """Tensorstore's threads report to orbax even when a failed write (a full disk) has ended its loop."""
+    if str(told.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(told)

@@ -1,0 +1,183 @@
+"""Undo, combine and inspect edits: `python -m locft_jax.delta apply|revert|show|diff|merge|compose`.
+
+A delta (`delta.safetensors` of a run) holds the edited tensors, new and old, and fits one base model.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from locft_jax.errors import UserError
+from locft_jax.evaluation.report import plain
+from locft_jax.io import outputs
+from locft_jax.io.delta import Delta, check_delta, diff_delta, load_delta, save_delta
+from locft_jax.io.delta_ops import Change, changes, compose_deltas, merge_deltas
+from locft_jax.io.hf_folder import open_checkpoint
+from locft_jax.io.model_card import readme
+from locft_jax.io.remote import place, size_of
+from locft_jax.logs import Bar
+
+ROWS = 20  # tensors that `show` lists: a screen
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Look at everything that can be wrong, then write one file or folder, whole or not at all."""
+    args = parse(argv)
+    args.run(args)
+
+
+def apply(args: argparse.Namespace) -> None:
+    """Make the edited model of the base: the bytes of the run's hf/."""
+    _rewrite(args, edited=False)
+
+
+def revert(args: argparse.Namespace) -> None:
+    """Make the base, byte for byte, of the edited model."""
+    _rewrite(args, edited=True)
+
+
+def _rewrite(args: argparse.Namespace, edited: bool) -> None:
+    delta = load_delta(args.delta)
+    checkpoint = open_checkpoint(args.model)
+    outputs.check_model_out(args.out, args.overwrite, checkpoint.place)
+    check_delta(checkpoint, delta, edited=edited)
+    values = delta.base if edited else delta.new
+    cards = readme(checkpoint.folder, delta.cards(), revert=edited)
+    outputs.save_model(checkpoint, values, args.out, cards)
+    files = {info.file for info in checkpoint.tensors.values()}
+    touched = {checkpoint.tensors[n].file for n in values}
+    say(f"{args.out}/: {len(values)} tensor(s) rewritten, in {len(touched)} of {len(files)} weight file(s)")
+
+
+def diff(args: argparse.Namespace) -> None:
+    """The delta between two folders of one model."""
+    outputs.check_file(args.out, args.overwrite)
+    _write(args.out, diff_delta(open_checkpoint(args.base), open_checkpoint(args.edited)))
+
+
+def merge(args: argparse.Namespace) -> None:
+    """One delta of several that were made on one base."""
+    outputs.check_file(args.out, args.overwrite)
+    delta, shared = merge_deltas([load_delta(path) for path in args.deltas])
+    _write(args.out, delta)
+    if shared:
+        more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
+        print(
+            f"warning: several of these deltas edit {', '.join(shared[:3])}{more}: their changes were added "
+            "up, which may blur both; measure the result with `python -m locft_jax.evaluate`",
+            file=sys.stderr,
+        )
+
+
+def compose(args: argparse.Namespace) -> None:
+    """One delta of two, the second made on the model that the first makes."""
+    outputs.check_file(args.out, args.overwrite)
+    _write(args.out, compose_deltas(load_delta(args.first), load_delta(args.second)))
+
+
+def _write(out: str | Path, delta: Delta) -> None:
+    with outputs.result_file(out) as part:
+        save_delta(delta, part)
+    say(f"{out}: {len(delta.new)} tensor(s), {size_of(out):,} bytes")
+
+
+def show(args: argparse.Namespace) -> None:
+    """What deltas edit, and by how much."""
+    deltas = [load_delta(path) for path in args.deltas]
+    for path, delta in zip(args.deltas, deltas, strict=True):
+        lines = []
+        with Bar("measuring", len(delta.new)) as bar:
+            for change in changes(delta):
+                lines.append(change)
+                bar.advance(1, change.name)
+        console = Console(markup=False, emoji=False, highlight=False)
+        console.print(_table(f"{path}, {size_of(path):,} bytes", lines))
+        for key, value in _known(delta.metadata):
+            console.print(plain(f"{key:<11} {value}"), soft_wrap=True)
+
+
+def _table(title: str, lines: list[Change]) -> Table:
+    """A row a tensor; norms are Frobenius norms."""
+    table = Table(title=plain(title), title_justify="left", show_footer=len(lines) > 1)
+    total, base = (float(np.hypot.reduce([getattr(c, k) for c in lines])) for k in ("norm", "base_norm"))
+    largest = max(c.largest for c in lines)
+    left = len(lines) - ROWS
+    foot = f"{left} more; all {len(lines)}" if left > 0 else f"all {len(lines)}"
+    table.add_column("tensor", foot, overflow="fold")
+    table.add_column("shape", overflow="fold")
+    for name, footer in (
+        ("change", f"{total:.3g}"),
+        ("of base", _share(total, base)),
+        ("largest", f"{largest:.3g}"),
+        ("rank", ""),
+    ):
+        table.add_column(name, footer, justify="right")
+    for c in lines[:ROWS]:
+        rank = "-" if c.rank is None else str(c.rank)
+        shape = f"{c.dtype} " + "x".join(map(str, c.shape))
+        table.add_row(
+            plain(c.name), shape, f"{c.norm:.3g}", _share(c.norm, c.base_norm), f"{c.largest:.3g}", rank
+        )
+    return table
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.2f} %" if whole else "-"
+
+
+def _known(metadata: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+    """Lines about where a delta comes from."""
+    yield "fingerprint", metadata["fingerprint"]
+    for key, label in (("made_by", "made by"), ("edits", "edits"), ("data_sha256", "data sha256")):
+        if key in metadata:
+            yield label, metadata[key]
+    for parent in json.loads(metadata.get("parents", "[]")):
+        yield (
+            "made of",
+            ", ".join(f"{k} {parent[k]}" for k in ("made_by", "edits", "data_sha256") if k in parent),
+        )
+    if "versions" in metadata:
+        versions = json.loads(metadata["versions"])
+        yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def say(text: str) -> None:
+    print(f"written to {text}")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; `run` is the function of the chosen action."""
+    parser = argparse.ArgumentParser(prog="python -m locft_jax.delta", description=__doc__)
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+
+    def action(run: object, out: str | None) -> argparse.ArgumentParser:
+        own = actions.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)  # type: ignore[attr-defined]
+        own.set_defaults(run=run)
+        if out:
+            own.add_argument("--out", type=place, required=True, metavar=out, help="what to write")
+            own.add_argument("--overwrite", action="store_true", help="replace an existing --out when done")
+        return own
+
+    for run, what in ((apply, "base model: folder or Hub id"), (revert, "edited model: folder or Hub id")):
+        own = action(run, "DIR")
+        own.add_argument("delta", type=place, metavar="DELTA")
+        own.add_argument("--model", required=True, help=what)
+    action(show, None).add_argument("deltas", type=place, nargs="+", metavar="DELTA")
+    own = action(diff, "DELTA")
+    own.add_argument("base", metavar="BASE", help="folder or Hub id")
+    own.add_argument("edited", metavar="EDITED", help="folder or Hub id")
+    action(merge, "DELTA").add_argument("deltas", type=place, nargs="+", metavar="DELTA")
+    own = action(compose, "DELTA")
+    own.add_argument("first", type=place, metavar="FIRST")
+    own.add_argument("second", type=place, metavar="SECOND")
+    args = parser.parse_args(argv)
+    if args.run is merge and len(args.deltas) < 2:
+        raise UserError("merge: give two deltas or more")
+    return args
+

@@ -1,0 +1,201 @@
+"""Overrides that keep their hands off everything else: what the model's other inputs look like to a tuned
+matrix, and updates that avoid it.
+
+A change dW [out, in] alters the outputs on retained inputs x by tr(dW C dW^T), C = E[x x^T]. Every update
+is multiplied on the input side by a matrix P [in, in], after Adam (editing/step.py):
+
+    soft   P = lambda (C + lambda I)^-1, lambda = mean eigenvalue of C / strength
+    null   P = the projection out of C's leading eigenvectors, which hold the share `strength` of its trace
+    kfac   soft on both sides: also on the output side, with G = E[g g^T] [out, out] in place of C, where g is
+           the gradient at the matrix's output of the log-likelihood of labels that the model itself draws
+
+Of inputs and outputs too wide for a matrix (editing/moments.py) the leading eigenvectors stand for C and G,
+and P is the identity on all that is orthogonal to them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from locft_jax import distributed
+from locft_jax.config import Config
+from locft_jax.data.records import digest
+from locft_jax.editing.regularizers import second_moments as moments
+from locft_jax.editing.regularizers.moments_cache import remembered
+from locft_jax.editing.regularizers.second_moments import (
+    INPUTS,
+    Leading,
+    Moment,
+    Moments,
+    gradient_moments,
+    second_moments,
+)
+from locft_jax.editing.regularizers.texts import preserves, source_of
+from locft_jax.editing.step import LowRank, Side, Sides
+from locft_jax.errors import UserError
+from locft_jax.model.model import Model
+from locft_jax.model.sharding import fetch, place, replicated, tensor_spec
+from locft_jax.model.spec import ModelSpec
+from locft_jax.model.weights import locate_tensor
+from locft_jax.run_identity import base_digest
+from locft_jax.versions import versions
+
+DEFAULT_STRENGTH = {"soft": 10.0, "null": 0.9, "kfac": 1.0}
+LAST_STRENGTH = 3.0  # of soft where the last tokens count: prompts' ends are more alike than words are
+
+Lambdas = dict[str, dict[str, float]]  # HF name -> {"inputs": lambda, "outputs": lambda (kfac)}
+
+
+def strength_of(config: Config) -> float | None:
+    """The config's strength, or the method's default; None without a method."""
+    if config.preserve_strength is not None:
+        return config.preserve_strength
+    prompts = (config.preserve, config.preserve_tokens) == ("soft", "last")
+    return LAST_STRENGTH if prompts else DEFAULT_STRENGTH.get(config.preserve)
+
+
+def told(config: Config, lambdas: Lambdas) -> dict[str, Any] | None:
+    """Method, strength, lambdas, weight of the divergence and source, for reports and deltas; or None."""
+    if not preserves(config):
+        return None
+    return {
+        "method": config.preserve,
+        "strength": strength_of(config) if config.preserve != "none" else None,
+        "lambda": lambdas or None,
+        "kl": config.preserve_kl or None,
+        "source": source_of(config),
+        "tokens": config.preserve_tokens,
+    }
+
+
+def check_preserve(spec: ModelSpec, site: Sequence[str], config: Config) -> None:
+    """Raise UserError where `preserve` cannot work on this site; needs no weights."""
+    if config.preserve == "none":
+        return
+    for name in site:
+        row, _ = locate_tensor(spec, name)
+        if row.key in ("embed", "head"):
+            raise UserError(
+                f"preserve: {name} is tuned, but {config.preserve} works on the matrices of layers only; "
+                "use another rewrite_module, or preserve=none"
+            )
+    if all(locate_tensor(spec, name)[0].key not in INPUTS for name in site):
+        raise UserError("preserve: the site holds no matrix; use another rewrite_module, or preserve=none")
+
+
+def lambda_of(moment: np.ndarray | Leading, strength: float) -> float:
+    """Mean eigenvalue / strength."""
+    if isinstance(moment, Leading):
+        return moment.trace / len(moment.vectors) / strength
+    return float(np.trace(moment, dtype=np.float64)) / len(moment) / strength
+
+
+def input_matrix(moment: np.ndarray | Leading, method: str, strength: float) -> np.ndarray | LowRank:
+    """P of C, or of G, of one shape, float32 (module docstring); computed in float64."""
+    if isinstance(moment, Leading):
+        return low_rank(moment, method, strength)
+    c = np.asarray(moment, np.float64)
+    if method != "null":  # an inverse, which takes a tenth of the time of an eigh
+        scale = lambda_of(c, strength)
+        return np.linalg.inv(np.eye(len(c)) + c / (scale or 1)).astype(np.float32)
+    values, vectors = np.linalg.eigh(c)
+    values = np.maximum(values, 0)
+    above = np.cumsum(values[::-1])[::-1] - values  # trace held by the larger ones
+    kept = vectors[:, above >= strength * values.sum()]
+    return (kept @ kept.T).astype(np.float32)
+
+
+def low_rank(moment: Leading, method: str, strength: float) -> LowRank:
+    """`input_matrix` of what is known of a wide moment: `null` takes out all that is known where it holds
+    less than the share `strength` of the trace."""
+    values = moment.values
+    if method != "null":
+        damp = values / (values + (lambda_of(moment, strength) or 1))
+    else:
+        damp = (np.cumsum(values) - values < strength * moment.trace).astype(np.float64)
+    return LowRank(moment.vectors, damp.astype(np.float32))
+
+
+def side_shardings(mesh: Mesh, spec: ModelSpec, name: str) -> tuple[NamedSharding, NamedSharding]:
+    """Where P_in and P_out of a tensor lie: columns, and rows, as its own, so that updates keep their
+    sharding; of a `LowRank` its basis, by its rows."""
+    row, _ = locate_tensor(spec, name)
+    rows, columns, *_ = *tensor_spec(mesh, spec, row, False), None, None
+    out, inner = row.shape
+    return (
+        NamedSharding(mesh, P(columns, None) if inner > moments.EXACT else P(None, columns)),
+        NamedSharding(mesh, P(rows, None)),
+    )
+
+
+def cached_moments(
+    model: Model,
+    site: Sequence[str],
+    ids: Sequence[Sequence[int]],
+    config: Config,
+    side: str,
+    compute: Callable[[], Moments],
+) -> Moments:
+    """What `compute` gives, from the disk where it was computed before. Moments of a model that carries edits
+    are not kept."""
+    if model.overrides or distributed.several():
+        return compute()
+    key = {
+        "side": side,
+        "model": base_digest(model.folder, site),
+        "weights": config.weights if model.int8 else str(model.dtype),
+        "site": list(site),
+        "texts": digest(ids),
+        "tokens": config.preserve_tokens,
+        "seed": config.seed if side == "outputs" else None,
+        "mesh": dict(model.mesh.shape),
+        "row_length": config.row_length,
+        "architecture": digest([dataclasses.asdict(model.spec)]),
+        "rule": [moments.RULE, moments.EXACT, moments.RANK, moments.PASSES],
+        "versions": versions(),
+    }
+    return remembered(key, compute)
+
+
+def make_preserve(
+    model: Model, site: Sequence[str], config: Config, ids: Sequence[Sequence[int]]
+) -> tuple[dict[str, Sides], Lambdas]:
+    """{HF name: (P_in [in, in], P_out [out, out] or None)} for the site's matrices, {} when off; and their
+    lambdas. `ids` as from `retained_ids`. The same arguments give the same bits, so a resumed run makes it
+    again."""
+    strength = strength_of(config)
+    if config.preserve == "none" or strength is None:
+        return {}, {}
+    spec, mesh = model.spec, model.mesh
+    given = (spec, model.weights, site, ids, mesh, config.row_length)
+    also = (model.overrides, config.preserve_tokens == "last")
+    inner = cached_moments(model, site, ids, config, "inputs", lambda: second_moments(*given, *also))
+    outer: Moments = {}
+    if config.preserve == "kfac":
+        outer = cached_moments(
+            model, site, ids, config, "outputs", lambda: gradient_moments(*given, config.seed, *also)
+        )
+    whole = lambda m: m if isinstance(m, Leading) else fetch(m)  # noqa: E731
+    made: dict[int, np.ndarray | LowRank] = {}
+
+    def matrix(moment: Moment, sharding: NamedSharding) -> Side:
+        if id(moment) not in made:
+            made[id(moment)] = input_matrix(whole(moment), config.preserve, strength)
+        p = made[id(moment)]
+        if isinstance(p, LowRank):
+            return LowRank(place(p.basis, sharding), place(p.damp, replicated(mesh)))
+        return place(p, sharding)
+
+    placed: dict[str, Sides] = {}
+    lambdas: Lambdas = {}
+    for name, moment in inner.items():
+        columns, rows = side_shardings(mesh, spec, name)
+        placed[name] = matrix(moment, columns), matrix(outer[name], rows) if outer else None
+        if config.preserve != "null":
+            sides = {"inputs": moment} | ({"outputs": outer[name]} if outer else {})
+            lambdas[name] = {side: lambda_of(whole(m), strength) for side, m in sides.items()}
+    return placed, lambdas

@@ -1,0 +1,276 @@
+"""Second moments at a matrix over retained texts: of its inputs, C = E[x x^T], and of the gradients at its
+outputs, G = E[g g^T], where g is that of the log-likelihood of labels that the model itself draws.
+
+A text's first token is left out: whatever it is, its inputs are nearly the same, and may be so large (an
+attention sink) that they alone would make up the trace, by which strengths are measured. With `last`, only
+a text's last token counts.
+
+Exact up to a width of EXACT. Of wider ones the leading eigenvectors, by randomized subspace iteration (Halko,
+Martinsson, Tropp 2011) in PASSES passes over the texts: a [width, width] matrix is never made."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from locft_jax.data.packing import Batch, corpus_from_lists, even_rows, fit_shape, pack, sequential_batches
+from locft_jax.editing.trainer import place_batch
+from locft_jax.model import decoder
+from locft_jax.model.sharding import fetch, place, replicated, split_width, whole_width
+from locft_jax.model.spec import ModelSpec
+from locft_jax.model.weights import Overrides, Weights, activation_dtype, locate_tensor, weight_table
+
+ROWS, LABEL_ROWS = 64, 16  # of a batch of the pass that sums C up, and of the one for G (with all logits)
+INPUTS = {"q": "attn", "k": "attn", "v": "attn", "o": "o", "gate": "mlp", "up": "mlp", "down": "down"}
+
+RULE = 2  # which tokens count, and how: what was computed by another rule is not used again
+EXACT = 16384  # the widest inputs, or outputs, whose moment is computed whole
+RANK, PASSES = 1024, 3  # eigenvectors of the others, and the passes that find them
+
+
+@dataclasses.dataclass(frozen=True)
+class Leading:
+    """What is known of a moment [n, n] that is too wide to be computed."""
+
+    vectors: np.ndarray  # [n, k] float32, orthonormal: the leading eigenvectors
+    values: np.ndarray  # [k] float64, their eigenvalues, the largest first
+    trace: float  # of all n
+
+
+Moment = jax.Array | Leading
+Moments = dict[str, Moment]  # HF tensor name -> C [in, in] or G [out, out], float32
+Place = tuple[int, str]  # layer, and a key (outputs) or a value (inputs) of INPUTS
+
+
+def layer_inputs(
+    spec: ModelSpec,
+    w: Weights,
+    x: jax.Array,
+    rows: Any,
+    window: jax.Array,
+    nudge: Mapping[str, jax.Array] = {},  # noqa: B006 (never written to)
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """decoder.block, and what enters its matrices: {value of INPUTS: [B, T, in]}. `nudge`: {key of INPUTS:
+    [B, T, out]}, added to what leaves them."""
+    w = w | {f"{m}_bias": w.get(f"{m}_bias", 0) + nudge[m] for m in ("q", "k", "v") if m in nudge}
+    h = decoder.rms_norm(x, w["attn_norm"], spec.rms_eps)
+    k, v = decoder.keys_values(spec, w, h, rows.positions)
+    mask = decoder.segment_mask(rows.segments, rows.positions, rows, window)
+    attended = decoder.attention(decoder.queries(spec, w, h, rows.positions), k, v, mask)
+    x = split_width(x + decoder.linear(attended, w["o"], nudge.get("o")))
+    m = whole_width(decoder.rms_norm(x, w["mlp_norm"], spec.rms_eps))
+    gate = decoder.linear(m, w["gate"], nudge.get("gate"))
+    f = jax.nn.silu(gate) * decoder.linear(m, w["up"], nudge.get("up"))
+    x = split_width(x + decoder.linear(f, w["down"], nudge.get("down")))
+    return x, {"attn": h, "o": attended, "mlp": m, "down": f}
+
+
+def _walk(
+    spec: ModelSpec,
+    weights: Weights,
+    edits: Overrides,
+    x: jax.Array,
+    rows: Any,
+    layers: Sequence[int],
+    nudges: Mapping[Place, jax.Array] = {},  # noqa: B006 (never written to)
+) -> tuple[jax.Array, dict[Place, jax.Array]]:
+    """x [B, T, D] entering layer 0 -> what leaves the last of `layers`, and what enters the matrices of all
+    of them, as in `layer_inputs`."""
+    found: dict[Place, jax.Array] = {}
+    at = 0
+    for layer in layers:
+        x = decoder.run_layers(spec, weights, edits, x, rows, at, layer) if layer > at else x
+        own = {m: a for (l, m), a in nudges.items() if l == layer}
+
+        def body(w: Weights, l: Any, x: Any, layer: int = layer, own: Any = own) -> Any:
+            x, inputs = layer_inputs(spec, w, x, rows, decoder.windows(spec)[layer], own)
+            found.update({(layer, kind): a for kind, a in inputs.items()})
+            return x
+
+        x, at = decoder.fold_layers(spec, weights, edits, body, x, layer, layer + 1), layer + 1
+    return x, found
+
+
+def _counts(batch: Batch, last: bool) -> jax.Array:
+    """Which tokens count [B, T] bool: all but a text's first, or its `last`."""
+    segments = batch.rows.segments
+    used = (segments > 0) & (batch.rows.positions > 0)
+    return used & (segments != jnp.pad(segments[:, 1:], ((0, 0), (0, 1)))) if last else used
+
+
+def _squares(x: jax.Array, used: jax.Array, basis: jax.Array | None) -> jax.Array | dict[str, jax.Array]:
+    """Sum of x x^T over the used [B, T] vectors of x [B, T, D]: [D, D] float32. With a `basis` [D, k] only
+    its product with it, and its trace."""
+    z = jnp.where(used[..., None], x, 0).astype(jnp.float32)
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    if basis is None:
+        return product("btd,bte->de", z, z)
+    return {"product": product("btd,btk->dk", z, product("btd,dk->btk", z, basis)), "trace": jnp.sum(z * z)}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _input_sums(
+    spec: ModelSpec,
+    wanted: tuple[Place, ...],
+    last: bool,
+    weights: Weights,
+    edits: Overrides,
+    bases: Mapping[Place, jax.Array],
+    tokens: jax.Array,
+    batch: Batch,
+) -> dict[Place, Any]:
+    """Sums of x x^T over a batch's tokens as in `_squares`, for the wanted inputs: (layer, value of
+    INPUTS)."""
+    x = decoder.embed(spec, weights, edits, tokens[batch.index])
+    _, found = _walk(spec, weights, edits, x, batch.rows, sorted({l for l, _ in wanted}))
+    return {at: _squares(found[at], _counts(batch, last), bases.get(at)) for at in wanted}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _output_sums(
+    spec: ModelSpec,
+    wanted: tuple[Place, ...],
+    last: bool,
+    weights: Weights,
+    edits: Overrides,
+    key: jax.Array,
+    bases: Mapping[Place, jax.Array],
+    tokens: jax.Array,
+    batch: Batch,
+) -> dict[Place, Any]:
+    """Sums of g g^T over a batch's tokens as in `_squares`, for the wanted outputs (layer, key of INPUTS). A
+    token's label is drawn from what the model expects after it, by its place in the corpus."""
+    used = _counts(batch, last)
+    layers = sorted({l for l, _ in wanted})
+
+    def likelihood(nudges: dict[Place, jax.Array]) -> jax.Array:
+        x = decoder.embed(spec, weights, edits, tokens[batch.index])
+        x, _ = _walk(spec, weights, edits, x, batch.rows, layers, nudges)
+        if layers[-1] + 1 < spec.n_layers:
+            x = decoder.run_layers(spec, weights, edits, x, batch.rows, layers[-1] + 1, spec.n_layers)
+        scores = jax.nn.log_softmax(decoder.head(spec, weights, edits, x)).reshape(-1, spec.vocab_size)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch.index.reshape(-1))
+        labels = jax.vmap(jax.random.categorical)(keys, jax.lax.stop_gradient(scores))
+        own = jnp.take_along_axis(scores, labels[:, None], axis=1)[:, 0]
+        return jnp.sum(jnp.where(used.reshape(-1), own, 0))
+
+    table, dtype = weight_table(spec), activation_dtype(weights)
+    nothing = {(l, m): jnp.zeros((*batch.index.shape, table[m].shape[0]), dtype) for l, m in wanted}
+    return {at: _squares(g, used, bases.get(at)) for at, g in jax.grad(likelihood)(nothing).items()}
+
+
+def _means(
+    sums: Callable[[jax.Array, Batch], dict[Place, Any]],
+    texts: Sequence[Sequence[int]],
+    mesh: Mesh,
+    row_length: int,
+    most_rows: int,
+    last: bool,
+) -> dict[Place, Any]:
+    """`sums` (of the corpus's tokens, and a batch of it) added up over texts (token ids), the share of
+    a token that counts. Streams over the texts once."""
+    # A batch does not read a text's last token, so each gets one more.
+    corpus = corpus_from_lists([[*ids, ids[-1]] for ids in texts], [len(ids) for ids in texts])
+    length, rows = even_rows(corpus, row_length, most_rows, mesh.shape["data"])
+    batches = list(sequential_batches(corpus, rows, length))
+    shape = fit_shape(corpus, batches, length, mesh.shape["data"])
+    tokens = place(corpus.tokens, replicated(mesh))
+    total: dict[Place, Any] | None = None
+    for which in batches:
+        batch = pack(corpus, which, shape)
+        assert batch is not None, "fit_shape saw every batch"
+        own = sums(tokens, place_batch(batch, mesh))
+        total = own if total is None else jax.tree.map(jnp.add, total, own)
+        # One batch at a time: CPU devices queue 32 programs at most, then can wait for each other for ever.
+        jax.block_until_ready(total)
+    assert total is not None, "a corpus is never empty"
+    count = len(texts) if last else max(1, sum(map(len, texts)) - len(texts))
+    return jax.tree.map(lambda value: value / count, total)
+
+
+def _moments(
+    sums: Callable[..., dict[Place, Any]],
+    widths: Mapping[Place, int],
+    texts: Sequence[Sequence[int]],
+    mesh: Mesh,
+    row_length: int,
+    most_rows: int,
+    last: bool,
+) -> dict[Place, Moment]:
+    """The moments at places of these widths; `sums` takes the places, their bases, tokens and a batch."""
+    exact = tuple(sorted(at for at, width in widths.items() if width <= EXACT))
+    wide = tuple(sorted(widths.keys() - set(exact)))
+    found: dict[Place, Moment] = {}
+    if exact:
+        found = _means(lambda *batch: sums(exact, {}, *batch), texts, mesh, row_length, most_rows, last)
+    if not wide:
+        return found
+    rng = np.random.default_rng(0)
+    bases = {at: _orthonormal(rng.standard_normal((widths[at], min(RANK, widths[at])))) for at in wide}
+    for at_pass in range(PASSES):
+        placed = {at: place(basis, replicated(mesh)) for at, basis in bases.items()}
+        seen = _means(lambda *b, p=placed: sums(wide, p, *b), texts, mesh, row_length, most_rows, last)
+        for at, own in seen.items():
+            product = fetch(own["product"]).astype(np.float64)
+            if at_pass < PASSES - 1:
+                bases[at] = _orthonormal(product)
+                continue
+            small = bases[at].T.astype(np.float64) @ product  # the moment within the basis
+            values, vectors = np.linalg.eigh((small + small.T) / 2)
+            leading = (bases[at] @ vectors[:, ::-1]).astype(np.float32)
+            found[at] = Leading(leading, np.maximum(values[::-1], 0), float(fetch(own["trace"])))
+    return found
+
+
+def _orthonormal(a: np.ndarray) -> np.ndarray:
+    return np.linalg.qr(a)[0].astype(np.float32)
+
+
+def matrices_of(spec: ModelSpec, site: Sequence[str]) -> dict[str, Place]:
+    """The site's matrices in layers: HF name -> (layer, key of INPUTS)."""
+    located = {name: locate_tensor(spec, name) for name in site}
+    return {n: (l, row.key) for n, (row, l) in located.items() if row.key in INPUTS and l is not None}
+
+
+def second_moments(
+    spec: ModelSpec,
+    weights: Weights,
+    site: Sequence[str],
+    texts: Sequence[Sequence[int]],
+    mesh: Mesh,
+    row_length: int,
+    base: Overrides = {},  # noqa: B006 (never written to)
+    last: bool = False,
+) -> Moments:
+    """C = E[x x^T] [in, in], float32, over the tokens of texts (token ids), or over the `last` token of each,
+    for every matrix of the site in a layer, `Leading` where it is wide; matrices with one input share one."""
+    keys = {n: (l, INPUTS[m]) for n, (l, m) in matrices_of(spec, site).items()}
+    widths = {at: locate_tensor(spec, name)[0].shape[1] for name, at in keys.items()}
+    sums = lambda wanted, bases, *batch: _input_sums(spec, wanted, last, weights, dict(base), bases, *batch)  # noqa: E731
+    found = _moments(sums, widths, texts, mesh, row_length, ROWS, last)
+    return {name: found[at] for name, at in keys.items()}
+
+
+def gradient_moments(
+    spec: ModelSpec,
+    weights: Weights,
+    site: Sequence[str],
+    texts: Sequence[Sequence[int]],
+    mesh: Mesh,
+    row_length: int,
+    seed: int,
+    base: Overrides = {},  # noqa: B006 (never written to)
+    last: bool = False,
+) -> Moments:
+    """G = E[g g^T] [out, out], float32, for every matrix of the site in a layer, over the same tokens as
+    `second_moments`; `Leading` where it is wide."""
+    keys, draw = matrices_of(spec, site), jax.random.key(seed)
+    widths = {at: locate_tensor(spec, name)[0].shape[0] for name, at in keys.items()}
+    sums = lambda wanted, *rest: _output_sums(spec, wanted, last, weights, dict(base), draw, *rest)  # noqa: E731
+    found = _moments(sums, widths, texts, mesh, row_length, LABEL_ROWS, last)
+    return {name: found[at] for name, at in keys.items()}

@@ -1,0 +1,200 @@
+"""The texts that an edit is to leave alone: a file's, the edits' templates with made-up subjects, or what the
+model itself writes."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from locft_jax.config import Config
+from locft_jax.data.records import open_records
+from locft_jax.data.requests import EditRequest
+from locft_jax.data.tokenize import prompt_ids
+from locft_jax.errors import UserError
+from locft_jax.flat_yaml import shown
+from locft_jax.io.remote import open_file
+from locft_jax.model import decoder
+from locft_jax.model.model import Model
+from locft_jax.model.sharding import fetch, place, rows_sharding
+from locft_jax.model.spec import ModelSpec
+from locft_jax.model.weights import Overrides, Weights
+
+SAMPLES, SAMPLE_LENGTH, SAMPLE_ROWS = 512, 32, 128  # sequences of so many tokens at most, so many at once
+
+
+def preserves(config: Config) -> bool:
+    """Whether anything of other texts is to be retained."""
+    return config.preserve != "none" or bool(config.preserve_kl)
+
+
+def source_of(config: Config) -> str:
+    """Where the retained inputs come from: `model` (also the default), `templates`, or a file."""
+    return config.preserve_data or "model"
+
+
+def window(config: Config, most: int) -> slice:
+    """Which `most` tokens of a longer text count: its last ones where it is a prompt, else its first."""
+    return slice(-most, None) if config.preserve_tokens == "last" else slice(most)
+
+
+def unused(config: Config) -> list[str]:
+    """Notes on the keys that say how to preserve where nothing preserves by them."""
+    uses = {"preserve_strength": config.preserve != "none"}
+    uses |= dict.fromkeys(("preserve_data", "preserve_tokens"), preserves(config))
+    return [
+        f"`{key}: {shown(value)}` is ignored: preserve is none"
+        for key, used in uses.items()
+        if not used and (value := getattr(config, key)) not in (None, "all")
+    ]
+
+
+def retained_texts(config: Config, requests: Sequence[EditRequest]) -> list[str] | None:
+    """Texts whose inputs are retained; None where there are none: preserve is off, or the source is the
+    model itself. Files: `.txt`, a text a line; `.json`, `.jsonl`, `.csv`, records (also of a Hub
+    set) with `text` or `prompt`. Raises UserError for a file that holds none, for templates without
+    subjects, and for the model's own texts where they are to be prompts."""
+    source = source_of(config)
+    if preserves(config) and source == "model" and config.preserve_tokens == "last":
+        raise UserError(
+            "preserve_tokens: last is for prompts, and the texts are the model's own; set preserve_data to a "
+            "file of prompts or to templates, or use preserve_tokens=all"
+        )
+    if not preserves(config) or source == "model":
+        return None
+    if source == "templates":
+        return template_texts(requests, config.seed)
+    if source.endswith(".txt"):
+        try:
+            with open_file(source) as file:
+                texts = [line.strip() for line in file.read().decode().splitlines()]
+        except (OSError, ValueError) as e:
+            raise UserError(f"preserve_data: {source} cannot be read as UTF-8 text ({e})") from None
+    else:
+        texts = []
+        for where, record in open_records(source)[1]:
+            text = record.get("text", record.get("prompt")) if isinstance(record, dict) else None
+            if not isinstance(text, str):
+                raise UserError(f"preserve_data: {where}: no `text` and no `prompt`")
+            texts.append(text.strip())
+    texts = [t for t in texts if t]
+    if not texts:
+        raise UserError(f"preserve_data: {source} holds no text")
+    return texts
+
+
+def template_texts(requests: Sequence[EditRequest], seed: int, each: int = 4) -> list[str]:
+    """The edit prompts with made-up subjects, `each` a prompt: every word of the subject is the first half
+    of one subject's word and the second half of another's, and no such word stands in any of the requests
+    (prompts, targets or probes), so that no retained fact is shown. Raises UserError when no request has a
+    subject that stands in its prompt."""
+    usable = [r for r in requests if r.subject and r.subject in r.prompt]
+    if not usable:
+        raise UserError("preserve_data: templates needs edits whose `subject` stands in their `prompt`")
+    words = sorted({w for r in usable for w in str(r.subject).split() if len(w) > 1})
+    known = set(" ".join(map(str, requests)).replace("'", " ").replace(",", " ").split())
+    rng = np.random.default_rng([seed, len(usable)])
+
+    def made_up(word: str) -> str:
+        for _ in range(50):
+            a, b = (words[i] for i in rng.integers(0, len(words), 2))
+            new = a[: (len(a) + 1) // 2] + b[len(b) // 2 :]
+            if new not in known:
+                return new
+        return word[:1] + word[:0:-1]  # so few subjects that halves make no new word: backwards
+
+    subjects = [[" ".join(map(made_up, str(r.subject).split())) for _ in range(each)] for r in usable]
+    return [
+        r.prompt.replace(str(r.subject), s) for r, some in zip(usable, subjects, strict=True) for s in some
+    ]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sample(
+    spec: ModelSpec, weights: Weights, edits: Overrides, tokens: jax.Array, stop: jax.Array, key: jax.Array
+) -> jax.Array:
+    """tokens [B, T] filled from column 1 on by sampling at temperature 1; `stop` [V] ends a row."""
+    time = tokens.shape[1]
+    rows = decoder.Rows(
+        jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), tokens.shape)
+    )
+
+    def more(carry: Any) -> jax.Array:
+        return (carry[0] < time) & ~jnp.all(carry[2])
+
+    def step(carry: Any) -> Any:
+        at, tokens, done = carry
+        x = decoder.embed(spec, weights, edits, tokens)
+        x = decoder.run_layers(spec, weights, edits, x, rows, 0, spec.n_layers)
+        x = jax.lax.dynamic_index_in_dim(x, at - 1, 1, keepdims=False)
+        new = jax.random.categorical(jax.random.fold_in(key, at), decoder.head(spec, weights, edits, x))
+        new = jnp.where(done, -1, new).astype(jnp.int32)
+        tokens = jax.lax.dynamic_update_slice(tokens, new[:, None], (0, at))
+        return at + 1, tokens, done | stop[new] | (new < 0)
+
+    done = jnp.zeros(tokens.shape[0], bool)
+    return jax.lax.while_loop(more, step, (jnp.int32(1), tokens, done))[1]
+
+
+def sample_model(
+    model: Model, seed: int, count: int = SAMPLES, length: int = SAMPLE_LENGTH
+) -> list[list[int]]:
+    """`count` token sequences from the model itself: seeded, temperature 1, from BOS (where the tokenizer
+    has one, else EOS) to the first EOS or `length` tokens. Without a cache of keys: every token runs the
+    sequence anew, which is why they are short. Raises UserError without BOS and EOS."""
+    start = first_token(model.tokenizer)
+    stop = np.zeros(model.spec.vocab_size, bool)
+    stop[list(model.eos)] = True
+    length = min(length, model.spec.max_position)
+    found: list[list[int]] = []
+    for part in range(-(-count // SAMPLE_ROWS)):
+        tokens = np.full((SAMPLE_ROWS, length), -1, np.int32)
+        tokens[:, 0] = start
+        placed = place(tokens, rows_sharding(model.mesh, SAMPLE_ROWS))
+        key = jax.random.fold_in(jax.random.key(seed), part)
+        out = fetch(_sample(model.spec, model.weights, model.overrides, placed, jnp.asarray(stop), key))
+        found += [row[row >= 0].tolist() for row in out]
+    return found[:count]
+
+
+def first_token(tokenizer: Any) -> int:
+    """What a sampled text begins with. Raises UserError where the tokenizer has neither BOS nor EOS."""
+    start = tokenizer.bos_token_id
+    start = tokenizer.eos_token_id if start is None else start
+    if start is None:
+        raise UserError("preserve_data: model needs a tokenizer with BOS or EOS; give a file of texts")
+    return int(start)
+
+
+def check_retained(tokenizer: Any, spec: ModelSpec, config: Config, texts: Sequence[str] | None) -> None:
+    """Raise UserError where `retained_ids` would, or where texts have tokens that the model lacks; needs no
+    weights."""
+    if preserves(config) and texts is None:
+        first_token(tokenizer)
+    elif preserves(config):
+        _ids(tokenizer, spec, config, texts or ())
+
+
+def _ids(tokenizer: Any, spec: ModelSpec, config: Config, texts: Sequence[str]) -> list[list[int]]:
+    ids = prompt_ids(tokenizer, texts, config.chat_template)
+    ids = [i[window(config, spec.max_position)] for i in ids if len(i) > 1]
+    if not ids:
+        raise UserError(f"preserve_data: {source_of(config)} holds no text of two tokens or more")
+    if max(map(max, ids)) >= spec.vocab_size:
+        raise UserError(
+            f"preserve_data: {source_of(config)} has tokens beyond the vocabulary of {spec.vocab_size}; "
+            "the tokenizer is of another model"
+        )
+    return ids
+
+
+def retained_ids(model: Model, config: Config, texts: Sequence[str] | None) -> list[list[int]]:
+    """Token ids of the retained texts, of those with two tokens or more; [] when nothing is retained. `texts`
+    as from `retained_texts`; without any, the model's own. Raises UserError where there are none."""
+    if not preserves(config):
+        return []
+    if texts is None:
+        return sample_model(model, config.seed)
+    return _ids(model.tokenizer, model.spec, config, texts)

@@ -1,0 +1,117 @@
+"""Ask a model every probe, score the answers, and say how they changed."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from locft_jax.data.capability import CapabilityItem
+from locft_jax.data.requests import EditRequest
+from locft_jax.data.tokenize import check_prompts, encode_pairs, prompt_ids
+from locft_jax.model.model import Model
+from locft_jax.model.spec import ModelSpec
+
+NEW_TOKENS = 32
+KINDS = ("reliability", "generalization", "locality", "portability")
+CAPABILITY = "capability"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Probe:
+    """One question to the model. `target` None: no known answer, only agreement is measured."""
+
+    case: str
+    kind: str  # one of KINDS, or "capability"
+    prompt: str
+    target: str | None
+    batch: int = 0  # of the request it belongs to
+
+
+def make_probes(
+    requests: Sequence[EditRequest], sample: int | None = None, seed: int = 0, trained: int = 0
+) -> list[Probe]:
+    """Every probe of the requests but the first `trained` rephrases of each, which the edit shows to the
+    model; `sample` keeps a seeded random choice of that many of each kind."""
+    probes: list[Probe] = []
+    for r in requests:
+        probes.append(Probe(r.case, "reliability", r.prompt, r.target_new, r.batch))
+        probes += [Probe(r.case, "generalization", p, r.target_new, r.batch) for p in r.rephrases[trained:]]
+        probes += [Probe(r.case, "locality", p, a, r.batch) for p, a in r.locality]
+        probes += [Probe(r.case, "portability", p, a, r.batch) for p, a in r.portability]
+    if sample is None:
+        return probes
+    rng = np.random.default_rng(seed)
+    kept: list[int] = []
+    for kind in KINDS:
+        which = [i for i, p in enumerate(probes) if p.kind == kind]
+        kept += [which[i] for i in rng.permutation(len(which))[:sample]]
+    return [probes[i] for i in sorted(kept)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Probes made ready: token ids of each prompt, and of what it is expected to be answered."""
+
+    probes: list[Probe]
+    prompts: list[list[int]]
+    guesses: list[list[int]]  # the target's ids; empty where there is no target
+    choices: dict[int, tuple[str, ...]]  # probe -> choices that are scored by log-likelihood
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What the model said, probe by probe."""
+
+    texts: list[str]  # by the official stop rule (for choices: the choice taken)
+    full: list[str]  # of reliability probes: until EOS, or until they cannot match any more
+    tokens: list[list[int]]  # by the official stop rule, stop token included; empty for choices
+    proved: int  # how many answers one forward pass proved
+
+
+def prepare(
+    model: Model, probes: Sequence[Probe], capability: Sequence[CapabilityItem], chat_template: bool = False
+) -> Asked:
+    """Tokenize all probes and capability items once. Raises UserError as `encode_pairs` does."""
+    items = [Probe(item.task, CAPABILITY, item.prompt, item.answer) for item in capability]
+    every = [*probes, *items]
+    choices = {len(probes) + i: item.choices for i, item in enumerate(capability) if item.choices}
+    known = [i for i, p in enumerate(every) if p.target]
+    pairs = encode_pairs(
+        model.tokenizer,
+        [every[i].prompt for i in known],
+        [str(every[i].target) for i in known],
+        chat_template=chat_template,
+    )
+    prompts = prompt_ids(model.tokenizer, [p.prompt for p in every], chat_template)
+    guesses: list[list[int]] = [[] for _ in every]
+    for row, i in enumerate(known):
+        ids = pairs.tokens[pairs.offsets[row] : pairs.offsets[row + 1]].tolist()
+        prompts[i], guesses[i] = ids[: pairs.target_start[row]], ids[pairs.target_start[row] :]
+    return Asked(every, prompts, guesses, choices)
+
+
+def check_probes(
+    tokenizer: Any,
+    spec: ModelSpec,
+    probes: Sequence[Probe],
+    capability: Sequence[CapabilityItem],
+    chat_template: bool = False,
+) -> None:
+    """Raise UserError, before any weight is loaded, for what could not be asked: texts without tokens,
+    longer than the model's context, or beyond its vocabulary."""
+    known = [(p.prompt, p.target) for p in probes if p.target]
+    known += [(item.prompt, item.answer) for item in capability]
+    choices = [(item.prompt, c) for item in capability for c in item.choices]
+    for pairs, template in ((known, chat_template), (choices, False)):
+        prompts, targets = [p for p, _ in pairs], [t for _, t in pairs]
+        encode_pairs(
+            tokenizer,
+            prompts,
+            targets,
+            chat_template=template,
+            max_length=spec.max_position,
+            vocab_size=spec.vocab_size,
+        )
+    unknown = [p.prompt for p in probes if not p.target]
+    check_prompts(tokenizer, unknown, chat_template, spec.max_position, spec.vocab_size)

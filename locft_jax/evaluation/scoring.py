@@ -1,0 +1,148 @@
+"""Probes, the stop rule and the scorer: what counts as a right answer ("WILD" protocol).
+
+Autoregressive, greedy, at most 32 new tokens; the answer ends at `.`, a newline or EOS; then
+normalized exact match.
+"""
+
+import functools
+import re
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from locft_jax.evaluation.probes import CAPABILITY, KINDS, Answers, Asked
+
+STOP_CHARACTERS = (".", "\n")
+
+
+def normalize(text: str) -> str:
+    """Lower case, no punctuation, no articles, white space folded (SQuAD's rule)."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def cut(text: str) -> str:
+    """The answer up to the first `.` or newline."""
+    return re.split(r"[.\n]", text, maxsplit=1)[0].strip()
+
+
+def matches(answer: str, target: str) -> bool:
+    """Normalized exact match."""
+    return normalize(answer) == normalize(target)
+
+
+def unreachable(target: str) -> bool:
+    """Whether the official stop rule ends every answer before this target is complete."""
+    return not matches(cut(target.strip()), target)
+
+
+def may_match(begun: str, target: str) -> bool:
+    """Whether an answer that begins so can still come to match `target`, whatever follows."""
+    part = re.split(r"\s", begun)[-1]  # a word that may go on; those before it are what they are
+    words, goal = normalize(begun[: len(begun) - len(part)]).split(), normalize(target).split()
+    bare = "".join(c for c in part.lower() if c not in string.punctuation)
+    if words != goal[: len(words)]:
+        return False
+    if not part.isascii():  # what lower case and word boundaries will make of it is not known yet
+        return True
+    return any(word.startswith(bare) for word in (*goal[len(words) : len(words) + 1], "a", "an", "the"))
+
+
+@functools.lru_cache(maxsize=4)
+def stop_tables(tokenizer: Any, vocab_size: int, eos: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(official, eos_only): which token ids end an answer, [V] bool each. A token whose text holds
+    a stop character ends it officially; the text is cut at that character. Kept for the next call."""
+    eos_only = np.zeros(vocab_size, bool)
+    eos_only[[e for e in eos if e < vocab_size]] = True
+    official = eos_only.copy()
+    known = min(len(tokenizer), vocab_size)
+    texts = tokenizer.batch_decode([[i] for i in range(known)], skip_special_tokens=False)
+    for i, text in enumerate(texts):
+        official[i] |= any(c in text for c in STOP_CHARACTERS)
+    official.flags.writeable = eos_only.flags.writeable = False
+    return official, eos_only
+
+
+def rate(values: Sequence[bool] | np.ndarray) -> float | None:
+    """Share of true values, None where there are none."""
+    return float(np.mean(values)) if len(values) else None
+
+
+def correct(asked: Asked, answers: Answers) -> list[bool | None]:
+    """Normalized exact match of each probe; None where no answer is known."""
+    return [
+        None if p.target is None else matches(t, p.target)
+        for p, t in zip(asked.probes, answers.texts, strict=True)
+    ]
+
+
+def figures(asked: Asked, answers: Answers) -> dict[str, float | None]:
+    """Rates 0-1 of every kind of probe; capability is the mean over tasks, as the paper's is."""
+    right = correct(asked, answers)
+    by_kind: dict[str, list[bool]] = {k: [] for k in KINDS}
+    by_task: dict[str, list[bool]] = {}
+    to_eos: list[bool] = []
+    for i, (probe, ok) in enumerate(zip(asked.probes, right, strict=True)):
+        if ok is None:
+            continue
+        if probe.kind == CAPABILITY:
+            by_task.setdefault(probe.case, []).append(ok)
+        else:
+            by_kind[probe.kind].append(ok)
+        if probe.kind == "reliability":
+            to_eos.append(matches(answers.full[i], str(probe.target)))
+    rates = {kind: rate(values) for kind, values in by_kind.items()}
+    tasks = [float(np.mean(v)) for v in by_task.values()]
+    return {
+        **rates,
+        "reliability_eos_only": rate(to_eos),
+        CAPABILITY: float(np.mean(tasks)) if tasks else None,
+    }
+
+
+def by_batch(asked: Asked, answers: Answers, batches: int) -> list[dict[str, float | None]]:
+    """Reliability and generalization (0-1) of the requests of each of `batches` arrivals."""
+    right = correct(asked, answers)
+    kinds = ("reliability", "generalization")
+    found: list[dict[str, list[bool]]] = [{k: [] for k in kinds} for _ in range(batches)]
+    for probe, ok in zip(asked.probes, right, strict=True):
+        if probe.kind in kinds and ok is not None:
+            found[probe.batch][probe.kind].append(ok)
+    return [{k: rate(values) for k, values in batch.items()} for batch in found]
+
+
+def agreement(asked: Asked, before: Answers, after: Answers) -> float | None:
+    """Share of locality probes whose answer did not change."""
+    same = [
+        matches(b, a)
+        for p, b, a in zip(asked.probes, before.texts, after.texts, strict=True)
+        if p.kind == "locality"
+    ]
+    return rate(same)
+
+
+def counts(asked: Asked) -> dict[str, int]:
+    """How many probes of each kind were asked."""
+    kinds = [p.kind for p in asked.probes]
+    return {k: kinds.count(k) for k in (*KINDS, CAPABILITY) if k in kinds}
+
+
+def predictions(asked: Asked, before: Answers | None, after: Answers | None) -> list[dict[str, Any]]:
+    """Lines of predictions.jsonl; `correct` judges the later answer there is."""
+    last = after or before
+    assert last is not None
+    right = correct(asked, last)
+    return [
+        {
+            "case": p.case,
+            "probe": p.kind,
+            "prompt": p.prompt,
+            "target": p.target,
+            "before": before.texts[i] if before else None,
+            "after": after.texts[i] if after else None,
+            "correct": right[i],
+        }
+        for i, p in enumerate(asked.probes)
+    ]

@@ -1,0 +1,73 @@
+"""model.model."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from locft_jax.io.delta import Delta, check_delta
+from locft_jax.io.hf_folder import HFFolder
+from locft_jax.model.quantize import Quantized
+from locft_jax.model.sharding import place, tensor_sharding
+from locft_jax.model.spec import ModelSpec
+from locft_jax.model.weights import Overrides, Weights, activation_dtype, locate_tensor
+
+
+def with_eos(checkpoint: HFFolder, tokenizer: Any) -> tuple[int, ...]:
+    """All ids that end an answer: config's, generation_config's and the tokenizer's."""
+    own = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
+    return tuple(sorted({*checkpoint.eos, *own}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A loaded model: frozen weights on a mesh, tokenizer, and the edits it carries (none at first)."""
+
+    folder: HFFolder
+    weights: Weights
+    tokenizer: Any
+    mesh: Mesh
+    overrides: Overrides = dataclasses.field(default_factory=dict)  # HF name -> matrix in the weights' dtype
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.folder.spec
+
+    @property
+    def eos(self) -> tuple[int, ...]:
+        return with_eos(self.folder, self.tokenizer)
+
+    @property
+    def dtype(self) -> Any:
+        """dtype of the activations, the edits, and the frozen weights unless those are int8."""
+        return activation_dtype(self.weights)
+
+    @property
+    def int8(self) -> bool:
+        """Whether the frozen matrices are int8."""
+        return isinstance(self.weights["embed"], Quantized)
+
+    def with_overrides(self, tensors: Mapping[str, np.ndarray | jax.Array], dtype: Any = None) -> "Model":
+        """The same model with `tensors` (HF names and layout) in place of its own, in `dtype` (default:
+        that of the weights); nothing is copied. What the checkpoint holds but no forward reads is left out.
+        Raises KeyError for any other name."""
+        placed = {}
+        for name, value in tensors.items():
+            try:
+                row, _ = locate_tensor(self.spec, name)
+            except KeyError:
+                if name not in self.folder.tensors:
+                    raise
+                continue
+            sharding = tensor_sharding(self.mesh, self.spec, row, stacked=False)
+            placed[name] = place(value.astype(dtype or self.dtype), sharding)
+        return dataclasses.replace(self, overrides={**self.overrides, **placed})
+
+    def apply(self, delta: Delta) -> "Model":
+        """The model with a delta's tensors in place; raises UserError if the delta was not made on this
+        checkpoint."""
+        check_delta(self.folder, delta)
+        return self.with_overrides(delta.new)

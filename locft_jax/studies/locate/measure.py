@@ -1,0 +1,135 @@
+"""Edit at one site after another, and measure each. What sites have in common is made once: texts,
+tokens, the answers before, and the activations below, which are carried from layer to layer."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+
+from locft_jax.config import Config
+from locft_jax.data.packing import Corpus
+from locft_jax.editing.regularizers.texts import retained_ids
+from locft_jax.editing.run import cache_mode, run_edit
+from locft_jax.editing.trainer import NonFiniteLoss
+from locft_jax.evaluation.ask import ask, later_guesses, rising_cache
+from locft_jax.evaluation.probes import Answers, Asked
+from locft_jax.evaluation.scoring import agreement, figures
+from locft_jax.evaluation.verify import ProbeCache
+from locft_jax.model.activation_cache import Source, advance, token_source
+from locft_jax.model.decode import Reader
+from locft_jax.model.model import Model
+from locft_jax.model.weights import locate_tensor, put_tensors, take_tensor
+from locft_jax.studies.locate.places import Place
+from locft_jax.studies.locate.rule import FIGURES
+
+
+class Bench:
+    """A model whose sites are tried one by one. It owns the model: an edit stands in the model's own arrays
+    while it is measured, so that the evaluation is compiled once and not for every site, and is taken
+    out again afterwards."""
+
+    def __init__(
+        self,
+        model: Model,
+        corpus: Corpus,
+        asked: Asked,
+        config: Config,
+        retained: Sequence[str] | None = None,
+        before: Answers | None = None,
+        on_done: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        self.model, self.corpus, self.asked, self.config = model, corpus, asked, config
+        self.retained = retained_ids(model, config, retained)
+        self.before = before or ask(model, {}, asked, None, config.row_length, on_done)
+        self.guesses = later_guesses(asked, self.before)
+        self.mode = cache_mode(model, corpus, 1, config)
+        self.source: Source | None = None  # what enters the layer that is being tried
+        self.cache: ProbeCache | None = None  # and the same of the probes
+
+    def unedited(self) -> dict[str, float | None]:
+        """Figures of the model as it is."""
+        return {key: figures(self.asked, self.before).get(key) for key in FIGURES}
+
+    def measure(self, place: Place) -> dict[str, Any]:
+        """Edit at `place` as the edit command does, and ask every probe: a line of sites.jsonl. Figures
+        are None where the loss was not finite."""
+        begin = time.monotonic()
+        self._rise(place.layer)
+        line: dict[str, Any] = {
+            "layer": place.layer,
+            "module": place.module,
+            "rewrite_module": place.template,
+            "parameters": sum(math.prod(self.model.folder.tensors[n].shape) for n in place.tensors),
+        }
+        try:
+            done = run_edit(
+                self.model,
+                self.corpus,
+                place.tensors,
+                self.config,
+                retained=self.retained,
+                source=self.source,
+            )
+        except NonFiniteLoss as e:
+            nothing = {
+                **dict.fromkeys(FIGURES),
+                "epochs": None,
+                "steps": None,
+                "loss": None,
+                "stopped": str(e),
+            }
+            return {**line, **nothing, "seconds": {"edit": time.monotonic() - begin, "evaluate": 0.0}}
+        edited = time.monotonic()
+        with self._standing(done.tensors) as model:
+            after = ask(model, model.overrides, self.asked, self.guesses, self.config.row_length, kept=self.cache)
+        rates = {
+            **figures(self.asked, after),
+            "locality_agreement": agreement(self.asked, self.before, after),
+        }
+        outcome = done.outcome
+        return {
+            **line,
+            **{key: rates[key] for key in FIGURES},
+            "epochs": len(outcome.epoch_losses),
+            "steps": len(outcome.records),
+            "loss": outcome.epoch_losses[-1],
+            "stopped": outcome.stopped,
+            "seconds": {"edit": edited - begin, "evaluate": time.monotonic() - edited},
+        }
+
+    def _rise(self, layer: int) -> None:
+        """Carry what enters the layer tried last up to `layer`; below it, begin again at the tokens."""
+        if self.mode == "off":
+            return
+        model, length = self.model, self.config.row_length
+        if self.source is None or self.source.layer > layer:
+            self.source = token_source(self.corpus, model.mesh)
+            self.cache = rising_cache(model, self.asked, self.guesses, self.config, len(self.corpus.tokens))
+        reader = Reader(model.spec, model.weights, {}, model.mesh, length)
+        while self.source.layer < layer:
+            self.source = advance(
+                model.spec, model.weights, self.corpus, self.source, self.mode, model.mesh, length
+            )
+            if self.cache is not None:
+                self.cache.advance(reader)
+
+    @contextmanager
+    def _standing(self, tensors: dict[str, np.ndarray]) -> Iterator[Model]:
+        """The model with `tensors` in its stacks. Those whose stack has another dtype (quantized weights)
+        would be rounded there: they stay edits."""
+        model = self.model
+        stack = {n: model.weights.get(locate_tensor(model.spec, n)[0].key) for n in tensors}
+        fits = [n for n, a in stack.items() if isinstance(a, jax.Array) and a.dtype == model.dtype]
+        own = {n: take_tensor(model.spec, model.weights, n) for n in fits}
+        placed = model.with_overrides(tensors).overrides
+        weights = put_tensors(model.spec, model.weights, {n: placed[n] for n in fits})
+        rest = {n: a for n, a in placed.items() if n not in own}
+        try:
+            yield dataclasses.replace(model, weights=weights, overrides=rest)
+        finally:
+            self.model = dataclasses.replace(model, weights=put_tensors(model.spec, weights, own))

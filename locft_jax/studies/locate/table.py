@@ -1,0 +1,155 @@
+"""The table of measured sites: kept line by line while it grows, written as a whole when it is done.
+
+checkpoint/run.json      what the run is: another run must not go on from here
+checkpoint/before.json   the answers before any edit
+checkpoint/sites.jsonl   one line a site
+checkpoint/compiled/     compiled programs (locating/compiled.py)
+"""
+
+import csv
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from locft_jax import distributed
+from locft_jax.editing.checkpointer import open_folder, resumable
+from locft_jax.evaluation.probes import Answers
+from locft_jax.evaluation.report import plain
+from locft_jax.io.atomic import append_jsonl, kept_jsonl, write_json, write_whole_json
+from locft_jax.io.outputs import saved_something
+from locft_jax.run_identity import check_same
+from locft_jax.studies.locate.places import Place
+from locft_jax.studies.locate.rule import ranked, recommend, worth_showing
+
+Line = Mapping[str, Any]
+
+
+class Table:
+    """The lines measured so far, in memory and on the disk."""
+
+    def __init__(self, folder: Path, lines: Sequence[Line]) -> None:
+        self.folder, self.lines = folder, list(lines)
+        self.seen = {(line["layer"], line["module"]) for line in lines}
+
+    def holds(self, place: Place) -> bool:
+        """Whether the place has been measured."""
+        return place.key in self.seen
+
+    def add(self, line: Line) -> Line:
+        """One more line; on the disk when this returns."""
+        self.lines.append(line)
+        self.seen.add((line["layer"], line["module"]))
+        if distributed.first():
+            append_jsonl(self.folder / "sites.jsonl", line)
+        return line
+
+    def keep_before(self, before: Answers) -> None:
+        """Keep the answers before any edit."""
+        if distributed.first():
+            write_whole_json(self.folder / "before.json", dataclasses.asdict(before))
+
+    def before(self) -> Answers | None:
+        """What `keep_before` kept, or None."""
+        found = None
+        with suppress(OSError, ValueError, TypeError):
+            if distributed.first():
+                found = json.loads((self.folder / "before.json").read_text(encoding="utf-8"))
+        found = distributed.from_first(found)
+        with suppress(TypeError):
+            return Answers(**found)
+        return None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Around a run: SIGTERM and Ctrl-C say how to go on; a run that has saved nothing leaves nothing."""
+
+        def left() -> str | None:
+            return f"the {len(self.lines)} sites measured" if saved_something(self.folder) else None
+
+        try:
+            with resumable(self.folder, left):
+                yield
+        finally:
+            if distributed.first() and self.folder.exists() and not saved_something(self.folder):
+                shutil.rmtree(self.folder, ignore_errors=True)
+                with suppress(OSError):
+                    self.folder.parent.rmdir()  # only if it is empty
+
+
+def open_table(out: Path, run: Mapping[str, Any], resume: bool) -> Table:
+    """The table of a run in `out`: its lines so far if it is to `resume`, else none. Raises UserError naming
+    what differs when they are another run's."""
+    folder = open_folder(out, run, resume)
+    lines: Sequence[Line] = []
+    if distributed.first():
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = kept_jsonl(folder / "sites.jsonl")
+        write_whole_json(folder / "run.json", run)
+    distributed.agree(last=True)
+    return Table(folder, distributed.from_first(lines))
+
+
+def finished(out: Path, run: Mapping[str, Any]) -> bool:
+    """Whether `out` holds this run's results and nothing to go on from. Raises UserError where the results
+    are those of another run."""
+    if saved_something(out / "checkpoint"):
+        return False
+    try:
+        found = json.loads((out / "sites.json").read_text(encoding="utf-8"))["run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    check_same(found, run, out)
+    return True
+
+
+def write_results(
+    folder: Path, lines: Sequence[Line], facts: Mapping[str, Any], run: Mapping[str, Any]
+) -> dict[str, Any]:
+    """sites.csv, sites.json, curves.png, heatmap.png; what sites.json holds."""
+    from locft_jax.studies.locate.figure import draw_curves, draw_heat_maps
+
+    names = list(dict.fromkeys(line["module"] for line in lines))
+    lines = sorted(lines, key=lambda line: (line["layer"], names.index(line["module"])))
+    recommendation = recommend(lines, facts["before"])
+    result = {**facts, "recommendation": recommendation, "sites": lines, "run": dict(run)}
+    write_json(folder / "sites.json", result)
+    with (folder / "sites.csv").open("w", encoding="utf-8", newline="") as f:
+        rows = [{**line, **{f"seconds_{k}": v for k, v in line["seconds"].items()}} for line in lines]
+        writer = csv.DictWriter(f, [k for k in rows[0] if k != "seconds"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    title = f"{facts['edits']} edits in {Path(str(facts['model'])).name}"
+    top = recommendation["layer"], recommendation["module"]
+    draw_curves(lines, facts["before"], title, folder / "curves.png")
+    draw_heat_maps(lines, top, f"{title}; framed: the site to use", folder / "heatmap.png")
+    return result
+
+
+def told(line: Line) -> str:
+    """A line's figures in a few words."""
+    if line["reliability"] is None:
+        return "the loss was not finite"
+    shown = (f"{key} {100 * line[key]:.1f}" for key in worth_showing([line]))
+    return ", ".join(shown)
+
+
+def print_table(result: Mapping[str, Any], console: Console, count: int = 5) -> None:
+    """The first sites by the rule, and the recommendation with the lines to paste."""
+    table = RichTable(title=plain(f"the best of {len(result['sites'])} sites"), title_justify="left")
+    keys = worth_showing(result["sites"])
+    for column in ("layer", "module", *keys):
+        table.add_column(column.replace("_", " "), justify="left" if column == "module" else "right")
+    percent = lambda value: "-" if value is None else f"{100 * value:.1f}"  # noqa: E731
+    table.add_row("-", "unedited", *(percent(result["before"][key]) for key in keys))
+    for line in ranked(result["sites"], count):
+        table.add_row(str(line["layer"]), plain(line["module"]), *(percent(line[key]) for key in keys))
+    console.print(table)
+    console.print(plain(f"Where to edit: {result['recommendation']['words']}"))
+    console.print(f"\n{result['recommendation']['config']}\n")

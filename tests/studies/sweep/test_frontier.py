@@ -1,0 +1,92 @@
+"""The frontier of a sweep over ways to preserve: the settings that are picked, the words, the picture."""
+
+import json
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from locft_jax.studies.sweep.frontier import draw_frontier, is_frontier, method_of, pick, recommend
+from locft_jax.studies.sweep.table import print_table, write_results
+
+
+def line(lr, reliability, generalization, agreement, preserve="none", strength=None, kl=None, capability=1.0):
+    settings = {"lr": lr, "preserve": preserve, "preserve_strength": strength, "preserve_kl": kl}
+    return {
+        "name": json.dumps(settings), "settings": settings, "reliability": reliability,
+        "reliability_eos_only": reliability, "generalization": generalization, "locality": agreement,
+        "locality_agreement": agreement, "capability": capability, "steps": 10, "epochs": 10,
+        "edit_seconds": 1.0, "stopped": "epochs", "dynamics": [],
+    }  # fmt: skip
+
+
+RUNS = [
+    line(1e-3, 0.97, 0.85, 0.97),
+    line(2e-3, 1.0, 0.92, 0.90),
+    line(3e-3, 1.0, 0.95, 0.80),
+    line(2e-3, 0.99, 0.90, 0.95, "soft", 10),
+    line(2e-3, 0.90, 0.70, 0.99, "soft", 100),
+    line(4e-3, 1.0, 0.94, 0.96, "none", None, 1.0),
+    line(4e-3, 1.0, 0.95, 0.96, "soft", 10, 1.0),
+    line(9e-1, None, None, None, "null", 0.9),
+]
+
+
+def test_the_fewest_changed_answers_among_the_reliable_then_generalization():
+    assert pick(RUNS) is RUNS[6]
+    assert pick(RUNS[:3]) is RUNS[1]
+    assert pick(RUNS[4:5] + RUNS[:1]) is RUNS[0]  # none is reliable: the most reliable
+
+
+def test_words_compare_with_plain_at_its_best_and_give_lines_to_paste():
+    found = recommend(RUNS)
+    assert "Plain LocFT-BF at its best" in found["words"] and "lr=0.002" in found["words"]
+    assert "4.0 % of the other answers change in place of 10.0 %" in found["words"]
+    assert found["config"] == "lr: 0.004\npreserve: soft\npreserve_strength: 10\npreserve_kl: 1.0"
+    # A null is said too: the config that it is pasted into may have another value.
+    assert recommend(RUNS[:3])["config"].endswith("preserve_strength: null\npreserve_kl: null")
+    assert "comes closest" in recommend(RUNS[:1])["words"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"lr": 1}, "plain"),
+        ({"preserve": "none", "preserve_kl": 0}, "plain"),
+        ({"preserve": "kfac", "preserve_data": "a/b.txt"}, "kfac, b.txt"),
+        ({"preserve": "soft", "preserve_kl": 2}, "soft + KL"),
+        ({"preserve_kl": 2, "preserve_data": "b.txt", "preserve_tokens": "last"}, "KL, b.txt, last tokens"),
+        ({"preserve_kl": 2}, "KL"),
+    ],
+)
+def test_methods_are_named(settings, name):
+    assert method_of(settings) == name
+
+
+def test_only_sweeps_over_preserving_have_a_frontier():
+    assert is_frontier(RUNS)
+    assert not is_frontier(RUNS[:1]) and not is_frontier(RUNS[-1:] * 2)
+    assert not is_frontier([{**run, "settings": {"lr": run["settings"]["lr"]}} for run in RUNS])
+
+
+def test_a_figure_that_was_not_measured_is_left_out(tmp_path):
+    runs = [{**RUNS[1], "generalization": None}, RUNS[0]]
+    draw_frontier(runs, "try", tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").stat().st_size > 1000
+
+
+def test_the_sweep_writes_the_picture_and_says_what_to_use(tmp_path, capsys):
+    from rich.console import Console
+
+    before = {"reliability": 0.0, "locality_agreement": 1.0}
+    result = write_results(tmp_path, RUNS, {"title": "try", "before": before})
+    assert json.loads((tmp_path / "sweep.json").read_text())["recommendation"] == result["recommendation"]
+    bars = imread(tmp_path / "sweep.png")[..., :3]  # the rates have no strength in common to be drawn over
+    assert 0.01 < (bars < 0.99).any(axis=-1).mean() < 0.7
+    picture = imread(tmp_path / "frontier.png")[..., :3]
+    assert 0.01 < (picture < 0.99).any(axis=-1).mean() < 0.5
+    coloured = picture.max(-1) - picture.min(-1) > 0.3
+    assert len({tuple(np.round(c, 1)) for c in picture[coloured]}) >= 4  # a colour a method
+    print_table(result, Console(width=120))
+    said = capsys.readouterr().out
+    assert "What to use: " in said and "\npreserve_strength: 10\npreserve_kl: 1.0\n" in said
