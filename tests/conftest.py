@@ -22,8 +22,12 @@ os.environ.update(
     HF_DATASETS_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
 )
-for name in ("JAX_COMPILATION_CACHE_DIR", "HF_HUB_CACHE", "HF_DATASETS_CACHE"):
+for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):
     os.environ.pop(name, None)
+# Compilation is most of the time of a test that edits: one cache for all workers and subprocesses.
+COMPILED = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "locft-jax-compiled"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 # The same examples in every run, and no deadline: a first call compiles.
 settings.register_profile("tests", deadline=None, derandomize=True, database=None)
