@@ -1,7 +1,5 @@
 """The Python API: what the commands do, in a few lines.
 
-from locft_jax.io.hf_load import originals
-from locft_jax.evaluation.probes import Answers
 from locft_jax import load_model, edit, evaluate
 
 model = load_model("path/or/hub-id")
@@ -14,7 +12,7 @@ import dataclasses
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from locft_jax.config import Config, config_to_dict
@@ -22,14 +20,14 @@ from locft_jax.data.capability import CapabilityItem
 from locft_jax.data.requests import EditData, EditRequest, requests_from_records
 from locft_jax.editing.augment import written_prefixes
 from locft_jax.editing.checkpointer import Checkpointer
+from locft_jax.editing.hooks import Progress
 from locft_jax.editing.regularizers.preconditioner import check_preserve, told
 from locft_jax.editing.regularizers.texts import retained_ids, retained_texts
-from locft_jax.editing.run import choose_site, encode_requests, run_edit
+from locft_jax.editing.run import EditTask, agreed_budgets, choose_site, encode_requests, run_edit
 from locft_jax.editing.site import first_layer
-from locft_jax.editing.trainer import StepRecord
-from locft_jax.evaluation.ask import ask, differing_share, later_guesses, probe_cache
+from locft_jax.evaluation.ask import ask, differing_share, later_drafts, probe_cache
 from locft_jax.evaluation.dynamics import Dynamics
-from locft_jax.evaluation.probes import Answers, Asked, make_probes, prepare
+from locft_jax.evaluation.probes import Answers, Questions, make_probes, prepare
 from locft_jax.evaluation.scoring import agreement, by_batch, counts, figures, predictions, unreachable
 from locft_jax.evaluation.verify import ProbeCache
 from locft_jax.io.delta import Delta, make_delta
@@ -73,7 +71,6 @@ def edit(
     start: Mapping[str, Any] | None = None,
     checkpoints: Checkpointer | None = None,
     show: bool = False,
-    on_step: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> EditResult:
     """Edit facts into a model by LocFT-BF and measure it before and after. Pure: `model` is not
     changed. Overrides that it carries already stay, and are part of the new delta.
@@ -97,51 +94,44 @@ def edit(
     asked = before = after = cache = None
     if config.evaluate:
         probes = make_probes(data.requests, config.eval_sample, config.seed, config.augment_rephrases)
-        asked = prepare(model, probes, capability, config.chat_template)
-        # The site's own tensors as edits: the same compiled code then serves before and after.
-        own = {n: take_tensor(model.spec, model.weights, n) for n in site}
-        unedited = model.with_overrides({**own, **originals(model, site), **model.overrides}).overrides
+        asked = prepare(model.tokenizer, probes, capability, config.chat_template)
+        # The site's own tensors as overrides: the same compiled code then serves before and after.
+        own = {n: take_tensor(model.params, n) for n in site}
+        unedited = model.with_overrides({**own, **originals(model, site), **model.overrides})
         kept = checkpoints and checkpoints.kept_before()
         if kept:
             before, seconds["before"] = Answers(**kept["answers"]), kept["seconds"]
         else:
-            cache = probe_cache(model, asked, first_layer(model.spec, site), config, len(corpus.tokens))
-            before = _ask(model, unedited, asked, None, config, "before", seconds, show, cache)
+            layer, beside = first_layer(model.spec, site), len(corpus.tokens)
+            cache = probe_cache(model, asked, layer, config.prefix_cache, beside, agreed_budgets(config))
+            before = _ask(unedited, asked, None, config, "before", seconds, show, cache)
             if checkpoints is not None:
                 kept = {"answers": dataclasses.asdict(before), "seconds": seconds["before"]}
                 checkpoints.keep_before(kept)
 
     dynamics = None
     if config.eval_every and asked is not None and before is not None:
-        dynamics = Dynamics(model, config, asked, before, cache, checkpoints)
-    steps: list[dict[str, Any]] = []
+        dynamics = Dynamics(model, asked, before, config.row_length, cache)
+        if checkpoints is not None:
+            dynamics.lines, dynamics.keep = checkpoints.kept_dynamics() or [], checkpoints.keep_dynamics
     per_epoch = -(-corpus.edits // config.batch_size)
     with Bar("editing", per_epoch * config.num_steps, show) as bar:
-
-        def record(line: StepRecord) -> None:
-            steps.append(dataclasses.asdict(line))
-            if checkpoints is not None and checkpoints.resumed and line.step <= checkpoints.resumed[-1]:
-                return bar.skip()  # made by an earlier process
-            on_step(steps[-1])
-            rate = bar.rate() * corpus.edits / per_epoch
-            what = "epoch" if config.pipeline == "breadth" else "mini-batch"
-            bar.advance(1, f"{what} {line.epoch + 1}, loss {line.loss:.4f}, {rate:.0f} edits/s")
-
-        watch = dynamics.look if dynamics else None
-        done = run_edit(model, corpus, site, config, record, start, checkpoints, retained, watch=watch)
+        what = "epoch" if config.pipeline == "breadth" else "mini-batch"
+        hooks = [Progress(bar, corpus.edits / per_epoch, what)]
+        task = EditTask(tuple(site), corpus, retained, start)
+        done = run_edit(model, task, config, hooks, checkpoints, dynamics.look if dynamics else None)
     if dynamics is not None:
         done = dataclasses.replace(done, seconds=done.seconds - dynamics.seconds())
     seconds["edit"] = done.seconds
 
     edited = model.with_overrides(done.tensors)
     if asked is not None and before is not None:
-        guesses = later_guesses(asked, before)
-        after = _ask(model, edited.overrides, asked, guesses, config, "after", seconds, show, cache)
+        drafts = later_drafts(asked, before)
+        after = _ask(edited, asked, drafts, config, "after", seconds, show, cache)
     report = _report(model, config, data, site, done, asked, before, after, seconds)
+    report["boundary_merges"] = corpus.boundary_merges
     if asked is not None and after is not None:
-        report["evaluation_differs"] = differing_share(
-            model, edited.overrides, asked, after, config.row_length, config.seed
-        )
+        report["evaluation_differs"] = differing_share(edited, asked, after, config.row_length, config.seed)
     delta = make_delta(
         model.folder,
         {**to_checkpoint_dtype(model.folder, model.overrides), **done.tensors},
@@ -161,11 +151,12 @@ def edit(
         "fingerprint": delta.metadata["fingerprint"],
         "resumed": checkpoints.resumed if checkpoints is not None else [],
     }
-    lines = predictions(asked, before, after) if asked is not None else []
-    return EditResult(delta, report, steps, lines, edited)
+    said = predictions(asked, before, after) if asked is not None else []
+    steps = [dataclasses.asdict(record) for record in done.outcome.records]
+    return EditResult(delta, report, steps, said, edited)
 
 
-def _batches(data: EditData, asked: Asked | None, after: Answers | None) -> list[dict[str, Any]]:
+def _batches(data: EditData, asked: Questions | None, after: Answers | None) -> list[dict[str, Any]]:
     """Overrides that came together (data/streaming.py; a plain run has one batch), and how they do."""
     sizes = Counter(r.batch for r in data.requests)
     count = 1 + max(sizes)
@@ -185,22 +176,20 @@ def evaluate(
     config = config or Config()
     data = as_data(requests, config)
     asked = prepare(
-        model,
+        model.tokenizer,
         make_probes(data.requests, config.eval_sample, config.seed, config.augment_rephrases),
         capability,
         config.chat_template,
     )
     seconds: dict[str, float | None] = {}
-    answers = _ask(model, model.overrides, asked, None, config, "evaluating", seconds, show, None)
+    answers = _ask(model, asked, None, config, "evaluating", seconds, show, None)
     report = {
         "edits": len(data.requests),
         "figures": figures(asked, answers),
         "probes": counts(asked),
         "unreachable_targets": sum(unreachable(r.target_new) for r in data.requests),
-        "proved_by_one_pass": answers.proved,
-        "evaluation_differs": differing_share(
-            model, model.overrides, asked, answers, config.row_length, config.seed
-        ),
+        "verified_by_one_pass": answers.verified,
+        "evaluation_differs": differing_share(model, asked, answers, config.row_length, config.seed),
         "seconds": seconds["evaluating"],
     }
     return report, predictions(asked, None, answers)
@@ -208,9 +197,8 @@ def evaluate(
 
 def _ask(
     model: Model,
-    edits: Mapping[str, Any],
-    asked: Asked,
-    guesses: Sequence[Sequence[int]] | None,
+    asked: Questions,
+    drafts: Sequence[Sequence[int]] | None,
     config: Config,
     label: str,
     seconds: dict[str, float | None],
@@ -219,7 +207,7 @@ def _ask(
 ) -> Answers:
     begin = time.monotonic()
     with Bar(label, len(asked.probes), show) as bar:
-        answers = ask(model, edits, asked, guesses, config.row_length, bar.advance, cache)
+        answers = ask(model, asked, drafts, config.row_length, bar.advance, cache)
     seconds[label] = time.monotonic() - begin
     return answers
 
@@ -230,7 +218,7 @@ def _report(
     data: EditData,
     site: Sequence[str],
     done: Any,
-    asked: Asked | None,
+    asked: Questions | None,
     before: Answers | None,
     after: Answers | None,
     seconds: dict[str, float | None],
@@ -251,7 +239,7 @@ def _report(
         "conflicts": len(data.conflicts),
         "conflicting_prompts": [{"prompt": p, "targets": t} for p, t in data.conflicts.items()],
         "unreachable_targets": sum(unreachable(r.target_new) for r in data.requests),
-        "boundary_merges": done.boundary_merges,
+        "boundary_merges": None,
         "epochs_run": len(outcome.epoch_losses),
         "steps_run": len(outcome.records),
         "stopped": outcome.stopped,
@@ -268,7 +256,7 @@ def _report(
         "devices": [f"{d.platform} {d.device_kind}" for d in model.mesh.devices.flat],
         "mesh": dict(model.mesh.shape),
         "dtype": "int8" if model.int8 else str(model.dtype),
-        "prefix_cache": done.prefix_cache,
+        "prefix_cache": done.activation_cache,
         "evaluation_differs": None,
         "seed": config.seed,
         "versions": versions(),

@@ -18,12 +18,11 @@ from locft_jax.errors import UserError
 from locft_jax.evaluation.probes import NEW_TOKENS
 from locft_jax.evaluation.report import plain
 from locft_jax.evaluation.scoring import cut, stop_tables
-from locft_jax.evaluation.verify import answer
+from locft_jax.evaluation.verify import Prompts, answer
 from locft_jax.io.delta import check_delta, load_delta
 from locft_jax.io.hf_folder import open_checkpoint
 from locft_jax.io.hf_load import frozen_dtype, load_opened, load_tokenizer
 from locft_jax.io.remote import place
-from locft_jax.model.decode import Reader
 from locft_jax.model.memory import check_memory
 from locft_jax.model.model import Model
 from locft_jax.model.sharding import make_mesh
@@ -110,8 +109,7 @@ def answers(
 ) -> tuple[list[str], list[list[int]]]:
     """Texts by the official stop rule, and token ids. `guesses` only decide how fast that is."""
     stop, _ = stop_tables(model.tokenizer, model.spec.vocab_size, model.eos)
-    reader = Reader(model.spec, model.weights, model.overrides, model.mesh, row_length)
-    tokens, _ = answer(reader, ids, guesses, new_tokens, stop)
+    tokens, _ = answer(model, Prompts(ids, guesses, new_tokens, stop), row_length)
     return [cut(t) for t in model.tokenizer.batch_decode(tokens, skip_special_tokens=True)], tokens
 
 

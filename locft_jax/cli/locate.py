@@ -86,7 +86,7 @@ def carry_out(args: argparse.Namespace) -> None:
     begin = time.monotonic()
     with table.kept(), counted(table.folder / "compiled" if first else None) as compilations:
         model = load_opened(checkpoint, tokenizer, mesh, config.weights)
-        asked = prepare(model, probes, capability, config.chat_template)
+        asked = prepare(tokenizer, probes, capability, config.chat_template)
         prefixes = written_prefixes(model, config)
         corpus = encode_requests(tokenizer, data.requests, config, checkpoint.spec, prefixes)
         with Bar("before", len(asked.probes)) as bar:

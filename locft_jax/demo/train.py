@@ -25,7 +25,7 @@ from locft_jax.data.packing import Batch, Corpus, corpus_from_lists, fit_shape, 
 from locft_jax.demo.world import capability_items, make_world, prompts, training_texts
 from locft_jax.model import decoder
 from locft_jax.model.spec import ModelSpec, parse_spec
-from locft_jax.model.weights import Weights, init_weights, take_tensor, weight_table
+from locft_jax.model.weights import Params, Weights, init_weights, take_tensor, weight_table
 
 EOS = "<|endoftext|>"
 CONFIG: dict[str, Any] = {
@@ -74,10 +74,9 @@ def lm_corpus(tokenizer: Tokenizer, texts: list[str]) -> Corpus:
 
 def batch_logits(spec: ModelSpec, weights: Weights, tokens: jax.Array, batch: Batch) -> jax.Array:
     """Logits [M, V] at the batch's targets."""
-    x = decoder.embed(spec, weights, {}, tokens[batch.index])
-    return decoder.head(
-        spec, weights, {}, decoder.hidden_at_targets(spec, weights, {}, x, batch.rows, batch.targets)
-    )
+    params = Params(spec, weights)
+    x = decoder.embed(params, tokens[batch.index])
+    return decoder.head(params, decoder.hidden_at_targets(params, x, batch.rows, batch.targets))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
@@ -126,7 +125,7 @@ def save_model(out: Path, spec: ModelSpec, weights: Weights, tokenizer: Tokenize
     """An ordinary Hugging Face folder: config, safetensors, tokenizer."""
     out.mkdir(parents=True, exist_ok=True)
     names = [n for row in weight_table(spec).values() for n in row.names()]
-    tensors = {n: np.asarray(take_tensor(spec, weights, n)) for n in names}
+    tensors = {n: np.asarray(take_tensor(Params(spec, weights), n)) for n in names}
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     tokenizer.save(str(out / "tokenizer.json"))
     files: dict[str, Any] = {

@@ -27,8 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from locft_jax import distributed
+from locft_jax.editing.hooks import Hook, StepRecord
 from locft_jax.editing.step import EditState
-from locft_jax.editing.trainer import StepRecord
 from locft_jax.errors import reason
 from locft_jax.io.atomic import read_json, write_whole_json
 from locft_jax.io.outputs import KEPT, saved_something, saved_steps
@@ -43,7 +43,7 @@ class Interrupted(KeyboardInterrupt):
     """SIGTERM or Ctrl-C; the message says what is saved and how to go on."""
 
 
-class Checkpointer:
+class Checkpointer(Hook):
     """Where one run keeps its checkpoints, and when. `every`: minutes (`10m`) or steps (`200`)."""
 
     def __init__(self, folder: Path, every: str, run: Mapping[str, Any]) -> None:
@@ -74,6 +74,7 @@ class Checkpointer:
     def restore(self, like: EditState) -> tuple[EditState, list[StepRecord]] | None:
         """The newest state that can be read, with the shapes and shardings of `like`, and the records
         of the steps before it; None when there is none."""
+        self.begin = time.monotonic()
         leaves, tree = jax.tree.flatten(like)
         found = self._newest(leaves) if self.manager else None
         told = distributed.from_first(found and found[:2])
@@ -106,12 +107,12 @@ class Checkpointer:
             return step, found.progress, [found.state[key] for key in abstract]
         return None
 
-    def start(self) -> None:
+    def on_start(self, done: Sequence[StepRecord]) -> None:
         """The loop begins: from here on a signal waits for the step to end."""
-        self.begin = self.saved_at = time.monotonic()
+        self.saved_at = time.monotonic()
         self.looping = True
 
-    def due(self, step: int) -> bool:
+    def due(self, step: int, rounds: int | None) -> bool:
         """Whether the state after `step` steps is to be saved."""
         late = step % self.steps == 0 or time.monotonic() - self.saved_at >= self.seconds
         if not distributed.several():
@@ -122,7 +123,7 @@ class Checkpointer:
             self.stop, late = distributed.any_of(self.asked, late)
         return self.stop or late
 
-    def save(self, state: EditState, records: Sequence[StepRecord]) -> None:
+    def on_state(self, state: EditState, records: Sequence[StepRecord]) -> None:
         """Save the state after these steps: copied to the host before this returns, written meanwhile.
         A write that fails (a full disk) is said and the run goes on; raises Interrupted if asked to stop.
         """
@@ -159,7 +160,7 @@ class Checkpointer:
     def finish(self, state: EditState, records: Sequence[StepRecord]) -> float:
         """The loop has ended: keep its result until all is exported; seconds it took in all."""
         seconds = self.elapsed()
-        self.save(state, records)
+        self.on_state(state, records)
         self.looping = False
         return seconds
 

@@ -1,6 +1,6 @@
 """The site: which tensors are tuned, how they are found, read and put into the model.
 
-`theta` is what is trained, `edits` what stands in the model. For LocFT-BF they are the same;
+`theta` is what is trained, the overrides are what the model computes with. For LocFT-BF they are the same;
 low-rank and expert sites will differ only in `materialize`.
 """
 
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from locft_jax.errors import UserError
 from locft_jax.model.sharding import place, tensor_sharding
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Overrides, Weights, locate_tensor, take_tensor, weight_table
+from locft_jax.model.weights import Overrides, Params, locate_tensor, take_tensor, weight_table
 
 Theta = dict[str, jax.Array]  # HF tensor name -> float32 master
 
@@ -72,27 +72,23 @@ def first_layer(spec: ModelSpec, site: Sequence[str]) -> int:
 
 
 def read_site(
-    spec: ModelSpec,
-    weights: Weights,
-    site: Sequence[str],
-    mesh: Mesh,
-    base: Mapping[str, jax.Array | np.ndarray] = {},  # noqa: B006 (never written to)
+    params: Params, site: Sequence[str], mesh: Mesh, start: Mapping[str, jax.Array | np.ndarray]
 ) -> Theta:
-    """The site's tensors (those of `base` first: edits that the model carries, and what it holds as int8)
-    as float32 masters, each its own leaf, sharded by the weight table."""
+    """The site's tensors (those of `start` first: values to begin from) as float32 masters, each its own
+    leaf, sharded by the weight table."""
     theta = {}
     for name in site:
-        row, _ = locate_tensor(spec, name)
-        own = base[name] if name in base else take_tensor(spec, weights, name)
-        # A copy, as it will be donated; what lies on the host must not pass through one device.
+        row, _ = locate_tensor(params.spec, name)
+        own = start[name] if name in start else take_tensor(params, name)
+        # A copy, as it will be donated; what is on the host must not pass through one device.
         value = np.array(own, np.float32) if isinstance(own, np.ndarray) else jnp.array(own, jnp.float32)
-        theta[name] = place(value, tensor_sharding(mesh, spec, row, stacked=False))
+        theta[name] = place(value, tensor_sharding(mesh, params.spec, row, stacked=False))
     return theta
 
 
 def materialize(theta: Theta, base: Overrides) -> dict[str, jax.Array]:
-    """What is trained -> what stands in the model: for LocFT-BF theta itself, over the edits `base`
-    that the model already carries."""
+    """What is trained -> the model's overrides: for LocFT-BF theta itself, over the overrides `base` that the
+    model already carries."""
     return {**base, **theta}
 
 

@@ -9,7 +9,6 @@ import numpy as np
 from locft_jax.data.capability import CapabilityItem
 from locft_jax.data.requests import EditRequest
 from locft_jax.data.tokenize import check_prompts, encode_pairs, prompt_ids
-from locft_jax.model.model import Model
 from locft_jax.model.spec import ModelSpec
 
 NEW_TOKENS = 32
@@ -50,13 +49,17 @@ def make_probes(
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class Questions:
     """Probes made ready: token ids of each prompt, and of what it is expected to be answered."""
 
     probes: list[Probe]
     prompts: list[list[int]]
-    guesses: list[list[int]]  # the target's ids; empty where there is no target
+    targets: list[list[int]]  # the target's ids; empty where there is no target
     choices: dict[int, tuple[str, ...]]  # probe -> choices that are scored by log-likelihood
+
+    def free(self) -> list[int]:
+        """The probes that are answered freely, without choices."""
+        return [i for i in range(len(self.probes)) if i not in self.choices]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,29 +69,29 @@ class Answers:
     texts: list[str]  # by the official stop rule (for choices: the choice taken)
     full: list[str]  # of reliability probes: until EOS, or until they cannot match any more
     tokens: list[list[int]]  # by the official stop rule, stop token included; empty for choices
-    proved: int  # how many answers one forward pass proved
+    verified: int  # how many answers one forward pass over drafts verified
 
 
 def prepare(
-    model: Model, probes: Sequence[Probe], capability: Sequence[CapabilityItem], chat_template: bool = False
-) -> Asked:
+    tokenizer: Any, probes: Sequence[Probe], capability: Sequence[CapabilityItem], chat_template: bool = False
+) -> Questions:
     """Tokenize all probes and capability items once. Raises UserError as `encode_pairs` does."""
     items = [Probe(item.task, CAPABILITY, item.prompt, item.answer) for item in capability]
     every = [*probes, *items]
     choices = {len(probes) + i: item.choices for i, item in enumerate(capability) if item.choices}
     known = [i for i, p in enumerate(every) if p.target]
     pairs = encode_pairs(
-        model.tokenizer,
+        tokenizer,
         [every[i].prompt for i in known],
         [str(every[i].target) for i in known],
         chat_template=chat_template,
     )
-    prompts = prompt_ids(model.tokenizer, [p.prompt for p in every], chat_template)
-    guesses: list[list[int]] = [[] for _ in every]
+    prompts = prompt_ids(tokenizer, [p.prompt for p in every], chat_template)
+    targets: list[list[int]] = [[] for _ in every]
     for row, i in enumerate(known):
         ids = pairs.tokens[pairs.offsets[row] : pairs.offsets[row + 1]].tolist()
-        prompts[i], guesses[i] = ids[: pairs.target_start[row]], ids[pairs.target_start[row] :]
-    return Asked(every, prompts, guesses, choices)
+        prompts[i], targets[i] = ids[: pairs.target_start[row]], ids[pairs.target_start[row] :]
+    return Questions(every, prompts, targets, choices)
 
 
 def check_probes(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from locft_jax.evaluation.probes import CAPABILITY, KINDS, Answers, Asked
+from locft_jax.evaluation.probes import CAPABILITY, KINDS, Answers, Questions
 
 STOP_CHARACTERS = (".", "\n")
 
@@ -70,21 +70,21 @@ def rate(values: Sequence[bool] | np.ndarray) -> float | None:
     return float(np.mean(values)) if len(values) else None
 
 
-def correct(asked: Asked, answers: Answers) -> list[bool | None]:
+def correct(questions: Questions, answers: Answers) -> list[bool | None]:
     """Normalized exact match of each probe; None where no answer is known."""
     return [
         None if p.target is None else matches(t, p.target)
-        for p, t in zip(asked.probes, answers.texts, strict=True)
+        for p, t in zip(questions.probes, answers.texts, strict=True)
     ]
 
 
-def figures(asked: Asked, answers: Answers) -> dict[str, float | None]:
+def figures(questions: Questions, answers: Answers) -> dict[str, float | None]:
     """Rates 0-1 of every kind of probe; capability is the mean over tasks, as the paper's is."""
-    right = correct(asked, answers)
+    right = correct(questions, answers)
     by_kind: dict[str, list[bool]] = {k: [] for k in KINDS}
     by_task: dict[str, list[bool]] = {}
     to_eos: list[bool] = []
-    for i, (probe, ok) in enumerate(zip(asked.probes, right, strict=True)):
+    for i, (probe, ok) in enumerate(zip(questions.probes, right, strict=True)):
         if ok is None:
             continue
         if probe.kind == CAPABILITY:
@@ -102,38 +102,38 @@ def figures(asked: Asked, answers: Answers) -> dict[str, float | None]:
     }
 
 
-def by_batch(asked: Asked, answers: Answers, batches: int) -> list[dict[str, float | None]]:
+def by_batch(questions: Questions, answers: Answers, batches: int) -> list[dict[str, float | None]]:
     """Reliability and generalization (0-1) of the requests of each of `batches` arrivals."""
-    right = correct(asked, answers)
+    right = correct(questions, answers)
     kinds = ("reliability", "generalization")
     found: list[dict[str, list[bool]]] = [{k: [] for k in kinds} for _ in range(batches)]
-    for probe, ok in zip(asked.probes, right, strict=True):
+    for probe, ok in zip(questions.probes, right, strict=True):
         if probe.kind in kinds and ok is not None:
             found[probe.batch][probe.kind].append(ok)
     return [{k: rate(values) for k, values in batch.items()} for batch in found]
 
 
-def agreement(asked: Asked, before: Answers, after: Answers) -> float | None:
+def agreement(questions: Questions, before: Answers, after: Answers) -> float | None:
     """Share of locality probes whose answer did not change."""
     same = [
         matches(b, a)
-        for p, b, a in zip(asked.probes, before.texts, after.texts, strict=True)
+        for p, b, a in zip(questions.probes, before.texts, after.texts, strict=True)
         if p.kind == "locality"
     ]
     return rate(same)
 
 
-def counts(asked: Asked) -> dict[str, int]:
-    """How many probes of each kind were asked."""
-    kinds = [p.kind for p in asked.probes]
+def counts(questions: Questions) -> dict[str, int]:
+    """How many probes of each kind were questions."""
+    kinds = [p.kind for p in questions.probes]
     return {k: kinds.count(k) for k in (*KINDS, CAPABILITY) if k in kinds}
 
 
-def predictions(asked: Asked, before: Answers | None, after: Answers | None) -> list[dict[str, Any]]:
+def predictions(questions: Questions, before: Answers | None, after: Answers | None) -> list[dict[str, Any]]:
     """Lines of predictions.jsonl; `correct` judges the later answer there is."""
     last = after or before
     assert last is not None
-    right = correct(asked, last)
+    right = correct(questions, last)
     return [
         {
             "case": p.case,
@@ -144,5 +144,5 @@ def predictions(asked: Asked, before: Answers | None, after: Answers | None) -> 
             "after": after.texts[i] if after else None,
             "correct": right[i],
         }
-        for i, p in enumerate(asked.probes)
+        for i, p in enumerate(questions.probes)
     ]

@@ -19,7 +19,7 @@ from locft_jax.model.model import Model
 from locft_jax.model.quantize import Quantized, quantize_rows, row_scales
 from locft_jax.model.sharding import fetch, make_mesh, weight_shardings
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Row, Weights, activation_dtype, locate_tensor, weight_table
+from locft_jax.model.weights import Params, Row, Weights, locate_tensor, weight_table
 
 BLOCK = 2**21  # elements that are quantized at once by a thread
 
@@ -134,7 +134,7 @@ def load_opened(checkpoint: HFFolder, tokenizer: Any, mesh: Mesh, weights: str =
     """The model of a checkpoint that has been opened and checked."""
     loaded = load_weights(checkpoint, mesh, frozen_dtype(checkpoint, weights), weights == "int8")
     check_finite(checkpoint, loaded)
-    return Model(checkpoint, loaded, tokenizer, mesh)
+    return Model(Params(checkpoint.spec, loaded), mesh, tokenizer, checkpoint)
 
 
 def frozen_dtype(checkpoint: HFFolder, weights: str) -> np.dtype:
@@ -156,7 +156,7 @@ def check_finite(checkpoint: HFFolder, weights: Weights) -> None:
     if bad:
         lines = "\n  ".join(bad[:15]) + (f"\n  ... and {len(bad) - 15} more" if len(bad) > 15 else "")
         raise UserError(
-            f"{checkpoint.place}: NaN or infinity (as {activation_dtype(weights)}) in these tensors; "
+            f"{checkpoint.place}: NaN or infinity (as {weights['norm'].dtype}) in these tensors; "
             f"fetch or make the model again:\n  {lines}"
         )
 

@@ -1,12 +1,14 @@
-"""The decoder: one block, one layer loop, and what the heads read. Pure functions.
+"""The decoder: one layer, the loop over layers, and what the heads read. Pure functions.
 
 Letters: B rows, T positions of a row, S key positions, D model width, N query heads, K key/value
 heads, G = N / K, H head width, F MLP width, V vocabulary, M target positions.
 
-Everything takes `(weights, edits)`: `edits` maps HF tensor names to matrices that stand in for the
-frozen ones, so an edited model is never a second copy of the weights.
+Everything takes `Params`: its overrides replace frozen matrices by HF tensor name, so an edited model is
+never a second copy of the weights.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,9 +20,9 @@ from locft_jax.data.packing import Rows, Targets
 from locft_jax.model.quantize import Quantized, product, take_rows
 from locft_jax.model.sharding import for_keys, split_width, whole_width
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Overrides, Weights, activation_dtype, split_edits
+from locft_jax.model.weights import Params, Weights, split_overrides
 
-Body = Callable[[Weights, Any, Any], Any]
+Body = Callable[[Weights, Any, Any], Any]  # (a layer's weights, its number, carry) -> carry
 KeysValues = tuple[jax.Array, jax.Array]  # [B, T, K, H] each
 
 
@@ -70,34 +72,6 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
     return out.reshape(batch, time, heads * width)
 
 
-def queries(spec: ModelSpec, w: Weights, x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Normed x [..., D] at positions [...] -> rotated queries [..., N, H]."""
-    q = linear(whole_width(x), w["q"], w.get("q_bias")).reshape(*x.shape[:-1], spec.n_heads, spec.head_dim)
-    q = rms_norm(q, w["q_norm"], spec.rms_eps) if spec.qk_norm else q
-    return rotate(q, positions, rope_frequencies(spec))
-
-
-def keys_values(spec: ModelSpec, w: Weights, x: jax.Array, positions: jax.Array) -> KeysValues:
-    """Normed x [..., D] at positions [...] -> rotated keys and values, each [..., K, H]."""
-    shape, x = (*x.shape[:-1], spec.n_kv_heads, spec.head_dim), for_keys(x, spec.n_kv_heads)
-    k = linear(x, w["k"], w.get("k_bias")).reshape(shape)
-    v = linear(x, w["v"], w.get("v_bias")).reshape(shape)
-    k = rms_norm(k, w["k_norm"], spec.rms_eps) if spec.qk_norm else k
-    return rotate(k, positions, rope_frequencies(spec)), v
-
-
-@jax.named_scope("mlp")
-def mlp(spec: ModelSpec, w: Weights, x: jax.Array) -> jax.Array:
-    """SwiGLU on the residual stream: x [..., D] -> x + mlp(norm(x))."""
-    h = whole_width(rms_norm(x, w["mlp_norm"], spec.rms_eps))
-    return x + linear(jax.nn.silu(linear(h, w["gate"])) * linear(h, w["up"]), w["down"])
-
-
-def windows(spec: ModelSpec) -> jax.Array:
-    """Attention window of each layer [L] int32."""
-    return jnp.asarray(spec.windows, jnp.int32)
-
-
 def segment_mask(q_segments: jax.Array, q_positions: jax.Array, rows: Rows, window: jax.Array) -> jax.Array:
     """[B, T] queries against the rows' [B, S] keys -> [B, T, S]: same text, not later, in window."""
     distance = q_positions[:, :, None] - rows.positions[:, None, :]
@@ -105,40 +79,85 @@ def segment_mask(q_segments: jax.Array, q_positions: jax.Array, rows: Rows, wind
     return same & (distance >= 0) & (distance < window)
 
 
-@jax.named_scope("block")
-def block(
-    spec: ModelSpec, w: Weights, x: jax.Array, rows: Rows, window: jax.Array
-) -> tuple[jax.Array, KeysValues]:
-    """One decoder layer on packed rows: x [B, T, D] -> [B, T, D], and its keys and values."""
-    h = rms_norm(x, w["attn_norm"], spec.rms_eps)
-    k, v = keys_values(spec, w, h, rows.positions)
-    mask = segment_mask(rows.segments, rows.positions, rows, window)
-    x = split_width(x + linear(attention(queries(spec, w, h, rows.positions), k, v, mask), w["o"]))
-    return split_width(mlp(spec, w, x)), (k, v)
+# ---------------------------------------------------------------- one layer
 
 
-@jax.named_scope("last_block")
-def last_block(
-    spec: ModelSpec,
-    w: Weights,
-    x: jax.Array,
-    rows: Rows,
-    window: jax.Array,
-    targets: Targets,
-) -> tuple[jax.Array, KeysValues]:
-    """The same layer where only M target positions are read: x [B, T, D] -> [M, D], keys and values.
+def _same(x: jax.Array) -> jax.Array:
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Attend:
+    """What the callers of `layer` differ in: which tokens it is computed for, and what they attend to."""
+
+    attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+    """(q [..., N, H], k and v [..., K, H]) -> (attended [..., N * H], what the caller keeps of k and v)"""
+    positions: jax.Array  # [...] of x's tokens, all of which have keys and values
+    queried: jax.Array  # [...] positions of those that `select` picks
+    select: Callable[[jax.Array], jax.Array] = _same  # x [..., D] -> the tokens whose output is wanted
+    stream: Callable[[jax.Array], jax.Array] = _same  # the residual stream's sharding between products
+
+
+def packed(rows: Rows, window: jax.Array) -> Attend:
+    """Packed rows [B, T], every token within its own text; keeps keys and values."""
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KeysValues]:
+        return attention(q, k, v, segment_mask(rows.segments, rows.positions, rows, window)), (k, v)
+
+    return Attend(attend, rows.positions, rows.positions, stream=split_width)
+
+
+def packed_targets(rows: Rows, window: jax.Array, targets: Targets) -> Attend:
+    """Packed rows where only M target positions are read: x [B, T, D] -> [M, D].
 
     Keys and values need every position; query, output and MLP only the targets. Queries are laid
     out by row ([B, W]) for the attention itself and are flat ([M]) for every matrix product.
     """
-    h = rms_norm(x, w["attn_norm"], spec.rms_eps)
-    k, v = keys_values(spec, w, h, rows.positions)
     segments, positions = rows.segments.reshape(-1)[targets.at], rows.positions.reshape(-1)[targets.at]
-    q = queries(spec, w, h.reshape(-1, spec.d_model)[targets.at], positions)[targets.of_row]
-    mask = segment_mask(segments[targets.of_row], positions[targets.of_row], rows, window)
-    attended = attention(q, k, v, mask)  # [B, W, N * H]
-    attended = attended.reshape(-1, attended.shape[-1])[targets.slot]  # [M, N * H]
-    return mlp(spec, w, x.reshape(-1, spec.d_model)[targets.at] + linear(attended, w["o"])), (k, v)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KeysValues]:
+        mask = segment_mask(segments[targets.of_row], positions[targets.of_row], rows, window)
+        attended = attention(q[targets.of_row], k, v, mask)  # [B, W, N * H]
+        return attended.reshape(-1, attended.shape[-1])[targets.slot], (k, v)
+
+    return Attend(attend, rows.positions, positions, lambda x: x.reshape(-1, x.shape[-1])[targets.at])
+
+
+def project(key: str, x: jax.Array, w: Weights) -> jax.Array:
+    """x [..., in] through the matrix `key` of a layer, with its bias -> [..., out]."""
+    return linear(x, w[key], w.get(f"{key}_bias"))
+
+
+def layer(
+    spec: ModelSpec, w: Weights, x: jax.Array, how: Attend, tap: Callable[..., jax.Array] = project
+) -> tuple[jax.Array, Any]:
+    """One decoder layer with weights `w`: x [..., D] -> (the selected tokens [..., D], what `how` keeps).
+    `tap` stands in for `project`: it sees what enters and leaves each matrix."""
+    with jax.named_scope("attention"):
+        h = rms_norm(x, w["attn_norm"], spec.rms_eps)
+        near, own = for_keys(h, spec.n_kv_heads), how.select(h)
+        k = tap("k", near, w).reshape(*h.shape[:-1], spec.n_kv_heads, spec.head_dim)
+        v = tap("v", near, w).reshape(*h.shape[:-1], spec.n_kv_heads, spec.head_dim)
+        q = tap("q", whole_width(own), w).reshape(*own.shape[:-1], spec.n_heads, spec.head_dim)
+        if spec.qk_norm:
+            q, k = rms_norm(q, w["q_norm"], spec.rms_eps), rms_norm(k, w["k_norm"], spec.rms_eps)
+        frequencies = rope_frequencies(spec)
+        attended, kept = how.attend(
+            rotate(q, how.queried, frequencies), rotate(k, how.positions, frequencies), v
+        )
+        x = how.stream(how.select(x) + tap("o", attended, w))
+    with jax.named_scope("mlp"):
+        h = whole_width(rms_norm(x, w["mlp_norm"], spec.rms_eps))
+        x = how.stream(x + tap("down", jax.nn.silu(tap("gate", h, w)) * tap("up", h, w), w))
+    return x, kept
+
+
+# ---------------------------------------------------------------- the loop over layers
+
+
+def windows(spec: ModelSpec) -> jax.Array:
+    """Attention window of each layer [L] int32."""
+    return jnp.asarray(spec.windows, jnp.int32)
 
 
 def stacks(weights: Weights) -> Weights:
@@ -148,55 +167,68 @@ def stacks(weights: Weights) -> Weights:
 
 def take_layer(weights: Weights, layer: jax.Array) -> dict[str, jax.Array]:
     """One layer's weights; `layer` may be traced."""
-    own = lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False)  # noqa: E731
-    return jax.tree.map(own, stacks(weights))
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), stacks(weights))
 
 
-def fold_layers(
-    spec: ModelSpec, weights: Weights, edits: Overrides, body: Body, carry: Any, start: int, stop: int
-) -> Any:
+def fold_layers(params: Params, body: Body, carry: Any, start: int, stop: int) -> Any:
     """carry = body(layer's weights, layer, carry) for each layer in [start, stop).
 
-    Runs of unedited layers are one scan over layer *indices* (slices of the stack would copy it);
-    a layer with edits stands by itself, its edited matrices in place of the frozen ones.
+    Runs of layers without overrides are one scan over layer *indices* (slices of the stack would copy it);
+    a layer with overrides is unrolled, its own matrices in place of the frozen ones.
     """
-    stacked = stacks(weights)
-    edited, dtype = split_edits(spec, edits)[1], activation_dtype(weights)
-    cuts = sorted({start, stop, *(l for e in edited if start <= e < stop for l in (e, e + 1))})
+    stacked, dtype = stacks(params.weights), params.dtype
+    own = split_overrides(params.spec, params.overrides)[1]
+    cuts = sorted({start, stop, *(l for e in own if start <= e < stop for l in (e, e + 1))})
     for first, end in zip(cuts, cuts[1:], strict=False):
         if end - first == 1:
             w = jax.tree.map(lambda a, l=first: a[l], stacked)
-            w |= {k: a.astype(dtype) for k, a in edited.get(first, {}).items()}
-            carry = body(w, first, carry)
-        else:
-            # The backward pass slices the weights again: kept from the forward pass, the slices of
-            # all layers would be a second copy of the stack. Products are kept, none is computed twice.
-            step = jax.checkpoint(
-                lambda c, l: body(take_layer(weights, l), l, c),
-                policy=jax.checkpoint_policies.dots_saveable,
-                prevent_cse=False,
-            )
+            carry = body(w | {k: a.astype(dtype) for k, a in own.get(first, {}).items()}, first, carry)
+            continue
+        # The backward pass slices the weights again: kept from the forward pass, the slices of
+        # all layers would be a second copy of the stack. Products are kept, none is computed twice.
+        @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False)
+        def step(carry: Any, l: jax.Array) -> tuple[Any, None]:
+            return body(take_layer(params.weights, l), l, carry), None
 
-            def one(c: Any, l: jax.Array, step: Any = step) -> tuple[Any, None]:
-                return step(c, l), None
-
-            carry, _ = jax.lax.scan(one, carry, jnp.arange(first, end))
+        carry, _ = jax.lax.scan(step, carry, jnp.arange(first, end))
     return carry
 
 
-def embed(spec: ModelSpec, weights: Weights, edits: Overrides, tokens: jax.Array) -> jax.Array:
+def run_layers(params: Params, x: jax.Array, rows: Rows, start: int, stop: int) -> jax.Array:
+    """Residual stream x [B, T, D] of packed rows entering layer `start` -> entering layer `stop`."""
+    spec, window = params.spec, windows(params.spec)
+    return fold_layers(params, lambda w, l, x: layer(spec, w, x, packed(rows, window[l]))[0], x, start, stop)
+
+
+def hidden_at_targets(
+    params: Params, x: jax.Array, rows: Rows, targets: Targets, start: int = 0
+) -> jax.Array:
+    """Residual stream x [B, T, D] entering layer `start` -> the last layer's output at the target
+    positions [M, D]."""
+    spec, last = params.spec, params.spec.n_layers - 1
+    if start < last:
+        x = run_layers(params, x, rows, start, last)
+    how = packed_targets(rows, windows(spec)[last], targets)
+    return fold_layers(params, lambda w, l, x: layer(spec, w, x, how)[0], x, last, last + 1)
+
+
+# ---------------------------------------------------------------- embedding and head
+
+
+def embed(params: Params, tokens: jax.Array) -> jax.Array:
     """Token ids [...] -> [..., D]."""
-    dtype = activation_dtype(weights)
-    table: Any = split_edits(spec, edits)[0].get("embed", weights["embed"])
-    return take_rows(table, tokens, dtype) if isinstance(table, Quantized) else table.astype(dtype)[tokens]
+    table: Any = split_overrides(params.spec, params.overrides)[0].get("embed", params.weights["embed"])
+    if isinstance(table, Quantized):
+        return take_rows(table, tokens, params.dtype)
+    return table.astype(params.dtype)[tokens]
 
 
 @jax.named_scope("head")
-def head(spec: ModelSpec, weights: Weights, edits: Overrides, x: jax.Array) -> jax.Array:
+def head(params: Params, x: jax.Array) -> jax.Array:
     """Final norm and vocabulary projection: x [..., D] -> logits [..., V] in float32."""
-    single = {k: a.astype(activation_dtype(weights)) for k, a in split_edits(spec, edits)[0].items()}
-    w: Weights = {k: single.get(k, weights[k]) for k in ("embed", "norm", "head") if k in weights}
-    x, table = whole_width(rms_norm(x, w["norm"], spec.rms_eps)), w.get("head", w["embed"])
+    single = split_overrides(params.spec, params.overrides)[0]
+    w: Weights = params.weights | {k: a.astype(params.dtype) for k, a in single.items()}
+    x, table = whole_width(rms_norm(x, w["norm"], params.spec.rms_eps)), w.get("head", w["embed"])
     if isinstance(table, Quantized):
         return product(x, table, jnp.float32)
     return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
@@ -212,44 +244,13 @@ def best_token(scores: jax.Array) -> jax.Array:
     return (block * parts.shape[-1] + jnp.argmax(part, axis=-1)).astype(jnp.int32)
 
 
-def run_layers(
-    spec: ModelSpec, weights: Weights, edits: Overrides, x: jax.Array, rows: Rows, start: int, stop: int
-) -> jax.Array:
-    """Residual stream x [B, T, D] entering layer `start` -> entering layer `stop`."""
-    window = windows(spec)
-    body = lambda w, l, x: block(spec, w, x, rows, window[l])[0]  # noqa: E731
-    return fold_layers(spec, weights, edits, body, x, start, stop)
-
-
-def hidden_at_targets(
-    spec: ModelSpec,
-    weights: Weights,
-    edits: Overrides,
-    x: jax.Array,
-    rows: Rows,
-    targets: Targets,
-    start: int = 0,
-) -> jax.Array:
-    """Residual stream x [B, T, D] entering layer `start` -> the last layer's output at the target
-    positions [M, D]."""
-    last = spec.n_layers - 1
-    if start < last:
-        x = run_layers(spec, weights, edits, x, rows, start, last)
-    window = windows(spec)
-    body = lambda w, l, x: last_block(spec, w, x, rows, window[l], targets)[0]  # noqa: E731
-    return fold_layers(spec, weights, edits, body, x, last, last + 1)
-
-
-def logits(spec: ModelSpec, weights: Weights, edits: Overrides, tokens: jax.Array) -> jax.Array:
+def logits(params: Params, tokens: jax.Array) -> jax.Array:
     """Plain causal forward of unpacked rows: tokens [B, T] -> logits [B, T, V] float32.
 
-    For tests, scoring short texts and `CausalLM`; editing and evaluation use the paths above.
+    For scoring short texts and `CausalLM`; editing and evaluation use the paths above.
     """
     batch, time = tokens.shape
-    rows = Rows(
-        jnp.ones((batch, time), jnp.int32),
-        jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time)),
-    )
-    x = embed(spec, weights, edits, tokens)
-    x = run_layers(spec, weights, edits, x, rows, 0, spec.n_layers)
-    return head(spec, weights, edits, x)
+    positions = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
+    x = embed(params, tokens)
+    x = run_layers(params, x, Rows(jnp.ones((batch, time), jnp.int32), positions), 0, params.spec.n_layers)
+    return head(params, x)

@@ -6,6 +6,7 @@ Rough: what one step computes. Only the certain part is a reason to refuse; the 
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -205,3 +206,15 @@ def as_text(size: int) -> str:
     """Bytes for people."""
     unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB")) if size >= u / 10), (1024, "KiB"))
     return f"{size / unit:,.2f} {name}"
+
+
+def memory_budgets(stated: float | None) -> tuple[float, float]:
+    """Bytes that caches may take (on each device, on the host): what was stated (GiB), else 80 % of what
+    is free here."""
+    if stated is not None:
+        return stated * 2**30, stated * 2**30
+    host = 0.8 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return host / len(jax.local_devices()), host  # the devices are the host
+    return 0.8 * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)), host

@@ -1,4 +1,4 @@
-"""model.model."""
+"""`Model`: parameters, mesh and tokenizer of one loaded model."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from locft_jax.io.hf_folder import HFFolder
 from locft_jax.model.quantize import Quantized
 from locft_jax.model.sharding import place, tensor_sharding
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Overrides, Weights, activation_dtype, locate_tensor
+from locft_jax.model.weights import Overrides, Params, Weights, locate_tensor
 
 
 def with_eos(checkpoint: HFFolder, tokenizer: Any) -> tuple[int, ...]:
@@ -24,17 +24,26 @@ def with_eos(checkpoint: HFFolder, tokenizer: Any) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A loaded model: frozen weights on a mesh, tokenizer, and the edits it carries (none at first)."""
+    """A loaded model: frozen weights on a mesh, tokenizer, and the overrides that it carries (none at
+    first). It names the folder it came from."""
 
-    folder: HFFolder
-    weights: Weights
-    tokenizer: Any
+    params: Params
     mesh: Mesh
-    overrides: Overrides = dataclasses.field(default_factory=dict)  # HF name -> matrix in the weights' dtype
+    tokenizer: Any
+    folder: HFFolder
 
     @property
     def spec(self) -> ModelSpec:
-        return self.folder.spec
+        return self.params.spec
+
+    @property
+    def weights(self) -> Weights:
+        return self.params.weights
+
+    @property
+    def overrides(self) -> Overrides:
+        """HF name -> matrix in the weights' dtype."""
+        return self.params.overrides
 
     @property
     def eos(self) -> tuple[int, ...]:
@@ -43,7 +52,7 @@ class Model:
     @property
     def dtype(self) -> Any:
         """dtype of the activations, the edits, and the frozen weights unless those are int8."""
-        return activation_dtype(self.weights)
+        return self.params.dtype
 
     @property
     def int8(self) -> bool:
@@ -64,7 +73,7 @@ class Model:
                 continue
             sharding = tensor_sharding(self.mesh, self.spec, row, stacked=False)
             placed[name] = place(value.astype(dtype or self.dtype), sharding)
-        return dataclasses.replace(self, overrides={**self.overrides, **placed})
+        return dataclasses.replace(self, params=self.params.over({**self.overrides, **placed}))
 
     def apply(self, delta: Delta) -> "Model":
         """The model with a delta's tensors in place; raises UserError if the delta was not made on this

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from locft_jax.data.packing import Batch
 from locft_jax.errors import UserError
 from locft_jax.model.quantize import Quantized
 from locft_jax.model.spec import ModelSpec
@@ -178,3 +179,14 @@ def fetch(value: Any) -> np.ndarray:
 
         return process_allgather(value, tiled=True)
     return np.asarray(value)
+
+
+def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
+    """Where the arrays of a packed batch go: rows split over `data`, target lists everywhere."""
+    rows = rows_sharding(mesh, batch.index.shape[0])
+    return jax.tree.map(lambda a: rows if a.ndim == 2 else replicated(mesh), batch)
+
+
+def place_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """Send a packed batch to the mesh."""
+    return jax.tree.map(place, batch, batch_shardings(batch, mesh))

@@ -17,7 +17,28 @@ from locft_jax.model.quantize import Quantized
 from locft_jax.model.spec import ModelSpec
 
 Weights = dict[str, Any]  # row key -> jax.Array or Quantized, layers stacked on axis 0
-Overrides = Mapping[str, jax.Array]  # HF tensor name -> matrix that replaces it
+Overrides = Mapping[str, jax.Array]  # HF tensor name -> matrix that replaces the frozen one
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("weights", "overrides"), meta_fields=("spec",)
+)
+@dataclasses.dataclass(frozen=True)
+class Params:
+    """The model as `jax.jit` sees it: one pytree, whose spec is static."""
+
+    spec: ModelSpec
+    weights: Weights  # frozen
+    overrides: Overrides = dataclasses.field(default_factory=dict)
+
+    @property
+    def dtype(self) -> Any:
+        """dtype of the activations: that of the norms, which are never int8."""
+        return self.weights["norm"].dtype
+
+    def over(self, overrides: Overrides) -> "Params":
+        """The same frozen weights with these overrides in place of its own."""
+        return dataclasses.replace(self, overrides=dict(overrides))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +113,6 @@ def abstract_weights(spec: ModelSpec, dtype: jnp.dtype, int8: bool = False) -> W
     }
 
 
-def activation_dtype(weights: Weights) -> Any:
-    """dtype of the activations: that of the norms, which are never int8."""
-    return weights["norm"].dtype
-
-
 def init_weights(spec: ModelSpec, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Weights:
     """Random weights: norms 1, biases 0, matrices normal(0, 0.02) as in Llama; for training the
     demo model and for benchmarks at a model's shape."""
@@ -125,10 +141,11 @@ def locate_tensor(spec: ModelSpec, name: str) -> tuple[Row, int | None]:
     raise KeyError(name)
 
 
-def take_tensor(spec: ModelSpec, weights: Weights, name: str) -> Any:
-    """One HF tensor out of the (stacked) weights: a jax.Array, or a Quantized."""
-    row, layer = locate_tensor(spec, name)
-    return weights[row.key] if layer is None else jax.tree.map(lambda a: a[layer], weights[row.key])
+def take_tensor(params: Params, name: str) -> Any:
+    """One HF tensor out of the (stacked) frozen weights: a jax.Array, or a Quantized."""
+    row, layer = locate_tensor(params.spec, name)
+    stack = params.weights[row.key]
+    return stack if layer is None else jax.tree.map(lambda a: a[layer], stack)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -136,31 +153,23 @@ def _put_layer(stack: jax.Array, layer: jax.Array, value: jax.Array) -> jax.Arra
     return jax.lax.dynamic_update_index_in_dim(stack, value.astype(stack.dtype), layer, 0)
 
 
-def put_tensors(spec: ModelSpec, weights: Weights, tensors: Overrides) -> Weights:
-    """The weights with `tensors` (of layers) in their stacks, in place: the stacks given are used up. What
-    runs on the result is compiled without edits, once for whatever was put there."""
-    weights = dict(weights)
+def put_tensors(params: Params, tensors: Overrides) -> Params:
+    """`tensors` (of layers) written into their stacks, in place: the stacks given are used up. What runs on
+    the result is compiled without overrides, once for whatever was put there."""
+    weights = dict(params.weights)
     for name, value in tensors.items():
-        row, layer = locate_tensor(spec, name)
+        row, layer = locate_tensor(params.spec, name)
         weights[row.key] = _put_layer(weights[row.key], jnp.int32(layer), value)
-    return weights
+    return dataclasses.replace(params, weights=weights)
 
 
-def unstacked_keys(spec: ModelSpec) -> tuple[str, ...]:
-    """Keys of the rows that belong to no layer."""
-    return tuple(k for k, row in weight_table(spec).items() if not row.layers)
-
-
-def split_edits(
-    spec: ModelSpec, edits: Overrides
+def split_overrides(
+    spec: ModelSpec, overrides: Overrides
 ) -> tuple[dict[str, jax.Array], dict[int, dict[str, jax.Array]]]:
     """Overrides by HF name -> (those of single tensors by key, those of each layer by key)."""
     single: dict[str, jax.Array] = {}
     layers: dict[int, dict[str, jax.Array]] = {}
-    for name, value in edits.items():
+    for name, value in overrides.items():
         row, layer = locate_tensor(spec, name)
-        if layer is None:
-            single[row.key] = value
-        else:
-            layers.setdefault(layer, {})[row.key] = value
+        (single if layer is None else layers.setdefault(layer, {}))[row.key] = value
     return single, layers

@@ -161,7 +161,7 @@ def cached_moments(
     return remembered(key, compute)
 
 
-def make_preserve(
+def make_preconditioner(
     model: Model, site: Sequence[str], config: Config, ids: Sequence[Sequence[int]]
 ) -> tuple[dict[str, Sides], Lambdas]:
     """{HF name: (P_in [in, in], P_out [out, out] or None)} for the site's matrices, {} when off; and their
@@ -171,14 +171,12 @@ def make_preserve(
     if config.preserve == "none" or strength is None:
         return {}, {}
     spec, mesh = model.spec, model.mesh
-    given = (spec, model.weights, site, ids, mesh, config.row_length)
-    also = (model.overrides, config.preserve_tokens == "last")
-    inner = cached_moments(model, site, ids, config, "inputs", lambda: second_moments(*given, *also))
+    given, last = (model, site, ids, config.row_length), config.preserve_tokens == "last"
+    inner = cached_moments(model, site, ids, config, "inputs", lambda: second_moments(*given, last))
     outer: Moments = {}
     if config.preserve == "kfac":
-        outer = cached_moments(
-            model, site, ids, config, "outputs", lambda: gradient_moments(*given, config.seed, *also)
-        )
+        compute = lambda: gradient_moments(*given, config.seed, last)
+        outer = cached_moments(model, site, ids, config, "outputs", compute)
     whole = lambda m: m if isinstance(m, Leading) else fetch(m)  # noqa: E731
     made: dict[int, np.ndarray | LowRank] = {}
 

@@ -11,6 +11,7 @@ Martinsson, Tropp 2011) in PASSES passes over the texts: a [width, width] matrix
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -18,12 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from locft_jax.data.packing import Batch, corpus_from_lists, even_rows, fit_shape, pack, sequential_batches
-from locft_jax.editing.trainer import place_batch
+from locft_jax.data.packing import (
+    Batch,
+    Rows,
+    corpus_from_lists,
+    even_rows,
+    fit_shape,
+    pack,
+    sequential_batches,
+)
 from locft_jax.model import decoder
-from locft_jax.model.sharding import fetch, place, replicated, split_width, whole_width
+from locft_jax.model.model import Model
+from locft_jax.model.sharding import fetch, place, place_batch, replicated
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Overrides, Weights, activation_dtype, locate_tensor, weight_table
+from locft_jax.model.weights import Params, Weights, locate_tensor, weight_table
 
 ROWS, LABEL_ROWS = 64, 16  # of a batch of the pass that sums C up, and of the one for G (with all logits)
 INPUTS = {"q": "attn", "k": "attn", "v": "attn", "o": "o", "gate": "mlp", "up": "mlp", "down": "down"}
@@ -47,53 +56,34 @@ Moments = dict[str, Moment]  # HF tensor name -> C [in, in] or G [out, out], flo
 Place = tuple[int, str]  # layer, and a key (outputs) or a value (inputs) of INPUTS
 
 
-def layer_inputs(
-    spec: ModelSpec,
-    w: Weights,
-    x: jax.Array,
-    rows: Any,
-    window: jax.Array,
-    nudge: Mapping[str, jax.Array] = {},  # noqa: B006 (never written to)
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """decoder.block, and what enters its matrices: {value of INPUTS: [B, T, in]}. `nudge`: {key of INPUTS:
-    [B, T, out]}, added to what leaves them."""
-    w = w | {f"{m}_bias": w.get(f"{m}_bias", 0) + nudge[m] for m in ("q", "k", "v") if m in nudge}
-    h = decoder.rms_norm(x, w["attn_norm"], spec.rms_eps)
-    k, v = decoder.keys_values(spec, w, h, rows.positions)
-    mask = decoder.segment_mask(rows.segments, rows.positions, rows, window)
-    attended = decoder.attention(decoder.queries(spec, w, h, rows.positions), k, v, mask)
-    x = split_width(x + decoder.linear(attended, w["o"], nudge.get("o")))
-    m = whole_width(decoder.rms_norm(x, w["mlp_norm"], spec.rms_eps))
-    gate = decoder.linear(m, w["gate"], nudge.get("gate"))
-    f = jax.nn.silu(gate) * decoder.linear(m, w["up"], nudge.get("up"))
-    x = split_width(x + decoder.linear(f, w["down"], nudge.get("down")))
-    return x, {"attn": h, "o": attended, "mlp": m, "down": f}
-
-
 def _walk(
-    spec: ModelSpec,
-    weights: Weights,
-    edits: Overrides,
-    x: jax.Array,
-    rows: Any,
+    params: Params,
+    tokens: jax.Array,
+    rows: Rows,
     layers: Sequence[int],
-    nudges: Mapping[Place, jax.Array] = {},  # noqa: B006 (never written to)
+    nudges: Mapping[Place, jax.Array] = MappingProxyType({}),
 ) -> tuple[jax.Array, dict[Place, jax.Array]]:
-    """x [B, T, D] entering layer 0 -> what leaves the last of `layers`, and what enters the matrices of all
-    of them, as in `layer_inputs`."""
-    found: dict[Place, jax.Array] = {}
-    at = 0
+    """Token ids [B, T] of packed rows -> what leaves the last of `layers` [B, T, D], and what enters the
+    matrices of all of them: {(layer, value of INPUTS): [B, T, in]}. `nudges`: {(layer, key of INPUTS):
+    [B, T, out]}, added to what leaves a matrix."""
+    spec, found = params.spec, dict[Place, jax.Array]()
+    x, at = decoder.embed(params, tokens), 0
     for layer in layers:
-        x = decoder.run_layers(spec, weights, edits, x, rows, at, layer) if layer > at else x
-        own = {m: a for (l, m), a in nudges.items() if l == layer}
+        x = decoder.run_layers(params, x, rows, at, layer) if layer > at else x
 
-        def body(w: Weights, l: Any, x: Any, layer: int = layer, own: Any = own) -> Any:
-            x, inputs = layer_inputs(spec, w, x, rows, decoder.windows(spec)[layer], own)
-            found.update({(layer, kind): a for kind, a in inputs.items()})
-            return x
+        def tap(key: str, x: jax.Array, w: Weights, layer: int = layer) -> jax.Array:
+            found[layer, INPUTS[key]] = x
+            y = decoder.project(key, x, w)
+            return y + nudges[layer, key] if (layer, key) in nudges else y
 
-        x, at = decoder.fold_layers(spec, weights, edits, body, x, layer, layer + 1), layer + 1
+        how = decoder.packed(rows, decoder.windows(spec)[layer])
+        body = functools.partial(_tapped, spec, how, tap)
+        x, at = decoder.fold_layers(params, body, x, layer, layer + 1), layer + 1
     return x, found
+
+
+def _tapped(spec: ModelSpec, how: decoder.Attend, tap: Any, w: Weights, l: Any, x: jax.Array) -> jax.Array:
+    return decoder.layer(spec, w, x, how, tap)[0]
 
 
 def _counts(batch: Batch, last: bool) -> jax.Array:
@@ -113,109 +103,99 @@ def _squares(x: jax.Array, used: jax.Array, basis: jax.Array | None) -> jax.Arra
     return {"product": product("btd,btk->dk", z, product("btd,dk->btk", z, basis)), "trace": jnp.sum(z * z)}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _input_sums(
-    spec: ModelSpec,
     wanted: tuple[Place, ...],
     last: bool,
-    weights: Weights,
-    edits: Overrides,
+    params: Params,
     bases: Mapping[Place, jax.Array],
     tokens: jax.Array,
     batch: Batch,
 ) -> dict[Place, Any]:
     """Sums of x x^T over a batch's tokens as in `_squares`, for the wanted inputs: (layer, value of
     INPUTS)."""
-    x = decoder.embed(spec, weights, edits, tokens[batch.index])
-    _, found = _walk(spec, weights, edits, x, batch.rows, sorted({l for l, _ in wanted}))
+    _, found = _walk(params, tokens[batch.index], batch.rows, sorted({l for l, _ in wanted}))
     return {at: _squares(found[at], _counts(batch, last), bases.get(at)) for at in wanted}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _output_sums(
-    spec: ModelSpec,
     wanted: tuple[Place, ...],
     last: bool,
-    weights: Weights,
-    edits: Overrides,
     key: jax.Array,
+    params: Params,
     bases: Mapping[Place, jax.Array],
     tokens: jax.Array,
     batch: Batch,
 ) -> dict[Place, Any]:
     """Sums of g g^T over a batch's tokens as in `_squares`, for the wanted outputs (layer, key of INPUTS). A
     token's label is drawn from what the model expects after it, by its place in the corpus."""
-    used = _counts(batch, last)
+    spec, used = params.spec, _counts(batch, last)
     layers = sorted({l for l, _ in wanted})
 
     def likelihood(nudges: dict[Place, jax.Array]) -> jax.Array:
-        x = decoder.embed(spec, weights, edits, tokens[batch.index])
-        x, _ = _walk(spec, weights, edits, x, batch.rows, layers, nudges)
+        x, _ = _walk(params, tokens[batch.index], batch.rows, layers, nudges)
         if layers[-1] + 1 < spec.n_layers:
-            x = decoder.run_layers(spec, weights, edits, x, batch.rows, layers[-1] + 1, spec.n_layers)
-        scores = jax.nn.log_softmax(decoder.head(spec, weights, edits, x)).reshape(-1, spec.vocab_size)
+            x = decoder.run_layers(params, x, batch.rows, layers[-1] + 1, spec.n_layers)
+        scores = jax.nn.log_softmax(decoder.head(params, x)).reshape(-1, spec.vocab_size)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch.index.reshape(-1))
         labels = jax.vmap(jax.random.categorical)(keys, jax.lax.stop_gradient(scores))
         own = jnp.take_along_axis(scores, labels[:, None], axis=1)[:, 0]
         return jnp.sum(jnp.where(used.reshape(-1), own, 0))
 
-    table, dtype = weight_table(spec), activation_dtype(weights)
-    nothing = {(l, m): jnp.zeros((*batch.index.shape, table[m].shape[0]), dtype) for l, m in wanted}
+    table = weight_table(spec)
+    nothing = {(l, m): jnp.zeros((*batch.index.shape, table[m].shape[0]), params.dtype) for l, m in wanted}
     return {at: _squares(g, used, bases.get(at)) for at, g in jax.grad(likelihood)(nothing).items()}
 
 
-def _means(
-    sums: Callable[[jax.Array, Batch], dict[Place, Any]],
-    texts: Sequence[Sequence[int]],
-    mesh: Mesh,
-    row_length: int,
-    most_rows: int,
-    last: bool,
-) -> dict[Place, Any]:
-    """`sums` (of the corpus's tokens, and a batch of it) added up over texts (token ids), the share of
-    a token that counts. Streams over the texts once."""
+@dataclasses.dataclass(frozen=True)
+class _Texts:
+    """What a pass reads."""
+
+    ids: Sequence[Sequence[int]]
+    mesh: Mesh
+    row_length: int
+    rows: int  # of a batch, at most
+    last: bool  # only a text's last token counts
+
+
+def _means(sums: Callable[[jax.Array, Batch], dict[Place, Any]], texts: _Texts) -> dict[Place, Any]:
+    """`sums` (of the corpus's tokens, and a batch of it) added up over all texts, per token that counts.
+    Streams over the texts once."""
     # A batch does not read a text's last token, so each gets one more.
-    corpus = corpus_from_lists([[*ids, ids[-1]] for ids in texts], [len(ids) for ids in texts])
-    length, rows = even_rows(corpus, row_length, most_rows, mesh.shape["data"])
+    corpus = corpus_from_lists([[*ids, ids[-1]] for ids in texts.ids], [len(ids) for ids in texts.ids])
+    length, rows = even_rows(corpus, texts.row_length, texts.rows, texts.mesh.shape["data"])
     batches = list(sequential_batches(corpus, rows, length))
-    shape = fit_shape(corpus, batches, length, mesh.shape["data"])
-    tokens = place(corpus.tokens, replicated(mesh))
+    shape = fit_shape(corpus, batches, length, texts.mesh.shape["data"])
+    tokens = place(corpus.tokens, replicated(texts.mesh))
     total: dict[Place, Any] | None = None
     for which in batches:
         batch = pack(corpus, which, shape)
         assert batch is not None, "fit_shape saw every batch"
-        own = sums(tokens, place_batch(batch, mesh))
+        own = sums(tokens, place_batch(batch, texts.mesh))
         total = own if total is None else jax.tree.map(jnp.add, total, own)
         # One batch at a time: CPU devices queue 32 programs at most, then can wait for each other for ever.
         jax.block_until_ready(total)
-    assert total is not None, "a corpus is never empty"
-    count = len(texts) if last else max(1, sum(map(len, texts)) - len(texts))
+    count = len(texts.ids) if texts.last else max(1, sum(map(len, texts.ids)) - len(texts.ids))
     return jax.tree.map(lambda value: value / count, total)
 
 
 def _moments(
-    sums: Callable[..., dict[Place, Any]],
-    widths: Mapping[Place, int],
-    texts: Sequence[Sequence[int]],
-    mesh: Mesh,
-    row_length: int,
-    most_rows: int,
-    last: bool,
+    sums: Callable[..., dict[Place, Any]], widths: Mapping[Place, int], texts: _Texts
 ) -> dict[Place, Moment]:
     """The moments at places of these widths; `sums` takes the places, their bases, tokens and a batch."""
     exact = tuple(sorted(at for at, width in widths.items() if width <= EXACT))
     wide = tuple(sorted(widths.keys() - set(exact)))
     found: dict[Place, Moment] = {}
     if exact:
-        found = _means(lambda *batch: sums(exact, {}, *batch), texts, mesh, row_length, most_rows, last)
+        found = _means(functools.partial(sums, exact, {}), texts)
     if not wide:
         return found
     rng = np.random.default_rng(0)
     bases = {at: _orthonormal(rng.standard_normal((widths[at], min(RANK, widths[at])))) for at in wide}
     for at_pass in range(PASSES):
-        placed = {at: place(basis, replicated(mesh)) for at, basis in bases.items()}
-        seen = _means(lambda *b, p=placed: sums(wide, p, *b), texts, mesh, row_length, most_rows, last)
-        for at, own in seen.items():
+        placed = {at: place(basis, replicated(texts.mesh)) for at, basis in bases.items()}
+        for at, own in _means(functools.partial(sums, wide, placed), texts).items():
             product = fetch(own["product"]).astype(np.float64)
             if at_pass < PASSES - 1:
                 bases[at] = _orthonormal(product)
@@ -238,39 +218,29 @@ def matrices_of(spec: ModelSpec, site: Sequence[str]) -> dict[str, Place]:
 
 
 def second_moments(
-    spec: ModelSpec,
-    weights: Weights,
-    site: Sequence[str],
-    texts: Sequence[Sequence[int]],
-    mesh: Mesh,
-    row_length: int,
-    base: Overrides = {},  # noqa: B006 (never written to)
-    last: bool = False,
+    model: Model, site: Sequence[str], ids: Sequence[Sequence[int]], row_length: int, last: bool = False
 ) -> Moments:
     """C = E[x x^T] [in, in], float32, over the tokens of texts (token ids), or over the `last` token of each,
     for every matrix of the site in a layer, `Leading` where it is wide; matrices with one input share one."""
-    keys = {n: (l, INPUTS[m]) for n, (l, m) in matrices_of(spec, site).items()}
-    widths = {at: locate_tensor(spec, name)[0].shape[1] for name, at in keys.items()}
-    sums = lambda wanted, bases, *batch: _input_sums(spec, wanted, last, weights, dict(base), bases, *batch)  # noqa: E731
-    found = _moments(sums, widths, texts, mesh, row_length, ROWS, last)
+    params, texts = model.params, _Texts(ids, model.mesh, row_length, ROWS, last)
+    keys = {n: (l, INPUTS[m]) for n, (l, m) in matrices_of(params.spec, site).items()}
+    widths = {at: locate_tensor(params.spec, name)[0].shape[1] for name, at in keys.items()}
+    found = _moments(lambda wanted, *rest: _input_sums(wanted, last, params, *rest), widths, texts)
     return {name: found[at] for name, at in keys.items()}
 
 
 def gradient_moments(
-    spec: ModelSpec,
-    weights: Weights,
+    model: Model,
     site: Sequence[str],
-    texts: Sequence[Sequence[int]],
-    mesh: Mesh,
+    ids: Sequence[Sequence[int]],
     row_length: int,
     seed: int,
-    base: Overrides = {},  # noqa: B006 (never written to)
     last: bool = False,
 ) -> Moments:
     """G = E[g g^T] [out, out], float32, for every matrix of the site in a layer, over the same tokens as
-    `second_moments`; `Leading` where it is wide."""
-    keys, draw = matrices_of(spec, site), jax.random.key(seed)
-    widths = {at: locate_tensor(spec, name)[0].shape[0] for name, at in keys.items()}
-    sums = lambda wanted, *rest: _output_sums(spec, wanted, last, weights, dict(base), draw, *rest)  # noqa: E731
-    found = _moments(sums, widths, texts, mesh, row_length, LABEL_ROWS, last)
+    `second_moments`; `Leading` where it is wide. `seed`: of the labels that are drawn."""
+    params, texts = model.params, _Texts(ids, model.mesh, row_length, LABEL_ROWS, last)
+    keys, draw = matrices_of(params.spec, site), jax.random.key(seed)
+    widths = {at: locate_tensor(params.spec, name)[0].shape[0] for name, at in keys.items()}
+    found = _moments(lambda wanted, *rest: _output_sums(wanted, last, draw, params, *rest), widths, texts)
     return {name: found[at] for name, at in keys.items()}

@@ -1,12 +1,9 @@
 """The texts that an edit is to leave alone: a file's, the edits' templates with made-up subjects, or what the
 model itself writes."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from locft_jax.config import Config
@@ -16,13 +13,11 @@ from locft_jax.data.tokenize import prompt_ids
 from locft_jax.errors import UserError
 from locft_jax.flat_yaml import shown
 from locft_jax.io.remote import open_file
-from locft_jax.model import decoder
+from locft_jax.model.decode import sample
 from locft_jax.model.model import Model
-from locft_jax.model.sharding import fetch, place, rows_sharding
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Overrides, Weights
 
-SAMPLES, SAMPLE_LENGTH, SAMPLE_ROWS = 512, 32, 128  # sequences of so many tokens at most, so many at once
+SAMPLES, SAMPLE_LENGTH = 512, 32  # sequences of so many tokens at most
 
 
 def preserves(config: Config) -> bool:
@@ -111,52 +106,16 @@ def template_texts(requests: Sequence[EditRequest], seed: int, each: int = 4) ->
     ]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _sample(
-    spec: ModelSpec, weights: Weights, edits: Overrides, tokens: jax.Array, stop: jax.Array, key: jax.Array
-) -> jax.Array:
-    """tokens [B, T] filled from column 1 on by sampling at temperature 1; `stop` [V] ends a row."""
-    time = tokens.shape[1]
-    rows = decoder.Rows(
-        jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), tokens.shape)
-    )
-
-    def more(carry: Any) -> jax.Array:
-        return (carry[0] < time) & ~jnp.all(carry[2])
-
-    def step(carry: Any) -> Any:
-        at, tokens, done = carry
-        x = decoder.embed(spec, weights, edits, tokens)
-        x = decoder.run_layers(spec, weights, edits, x, rows, 0, spec.n_layers)
-        x = jax.lax.dynamic_index_in_dim(x, at - 1, 1, keepdims=False)
-        new = jax.random.categorical(jax.random.fold_in(key, at), decoder.head(spec, weights, edits, x))
-        new = jnp.where(done, -1, new).astype(jnp.int32)
-        tokens = jax.lax.dynamic_update_slice(tokens, new[:, None], (0, at))
-        return at + 1, tokens, done | stop[new] | (new < 0)
-
-    done = jnp.zeros(tokens.shape[0], bool)
-    return jax.lax.while_loop(more, step, (jnp.int32(1), tokens, done))[1]
-
-
 def sample_model(
     model: Model, seed: int, count: int = SAMPLES, length: int = SAMPLE_LENGTH
 ) -> list[list[int]]:
     """`count` token sequences from the model itself: seeded, temperature 1, from BOS (where the tokenizer
-    has one, else EOS) to the first EOS or `length` tokens. Without a cache of keys: every token runs the
-    sequence anew, which is why they are short. Raises UserError without BOS and EOS."""
+    has one, else EOS) to the first EOS or `length` tokens. Raises UserError without BOS and EOS."""
     start = first_token(model.tokenizer)
     stop = np.zeros(model.spec.vocab_size, bool)
     stop[list(model.eos)] = True
-    length = min(length, model.spec.max_position)
-    found: list[list[int]] = []
-    for part in range(-(-count // SAMPLE_ROWS)):
-        tokens = np.full((SAMPLE_ROWS, length), -1, np.int32)
-        tokens[:, 0] = start
-        placed = place(tokens, rows_sharding(model.mesh, SAMPLE_ROWS))
-        key = jax.random.fold_in(jax.random.key(seed), part)
-        out = fetch(_sample(model.spec, model.weights, model.overrides, placed, jnp.asarray(stop), key))
-        found += [row[row >= 0].tolist() for row in out]
-    return found[:count]
+    shape = count, min(length, model.spec.max_position)
+    return sample(model.params, model.mesh, start, stop, seed, shape)
 
 
 def first_token(tokenizer: Any) -> int:

@@ -14,14 +14,13 @@ import numpy as np
 from locft_jax.config import Config
 from locft_jax.data.packing import Corpus
 from locft_jax.editing.regularizers.texts import retained_ids
-from locft_jax.editing.run import cache_mode, run_edit
+from locft_jax.editing.run import EditTask, agreed_budgets, cache_mode, run_edit
 from locft_jax.editing.trainer import NonFiniteLoss
-from locft_jax.evaluation.ask import ask, later_guesses, rising_cache
-from locft_jax.evaluation.probes import Answers, Asked
+from locft_jax.evaluation.ask import ask, later_drafts, probe_cache, rising_cache
+from locft_jax.evaluation.probes import Answers, Questions
 from locft_jax.evaluation.scoring import agreement, figures
 from locft_jax.evaluation.verify import ProbeCache
 from locft_jax.model.activation_cache import Source, advance, token_source
-from locft_jax.model.decode import Reader
 from locft_jax.model.model import Model
 from locft_jax.model.weights import locate_tensor, put_tensors, take_tensor
 from locft_jax.studies.locate.places import Place
@@ -37,7 +36,7 @@ class Bench:
         self,
         model: Model,
         corpus: Corpus,
-        asked: Asked,
+        asked: Questions,
         config: Config,
         retained: Sequence[str] | None = None,
         before: Answers | None = None,
@@ -45,9 +44,9 @@ class Bench:
     ) -> None:
         self.model, self.corpus, self.asked, self.config = model, corpus, asked, config
         self.retained = retained_ids(model, config, retained)
-        self.before = before or ask(model, {}, asked, None, config.row_length, on_done)
-        self.guesses = later_guesses(asked, self.before)
-        self.mode = cache_mode(model, corpus, 1, config)
+        self.before = before or ask(model, asked, None, config.row_length, on_done)
+        self.guesses = later_drafts(asked, self.before)
+        self.mode = cache_mode(model, len(corpus.tokens), 1, config)
         self.source: Source | None = None  # what enters the layer that is being tried
         self.cache: ProbeCache | None = None  # and the same of the probes
 
@@ -67,14 +66,8 @@ class Bench:
             "parameters": sum(math.prod(self.model.folder.tensors[n].shape) for n in place.tensors),
         }
         try:
-            done = run_edit(
-                self.model,
-                self.corpus,
-                place.tensors,
-                self.config,
-                retained=self.retained,
-                source=self.source,
-            )
+            task = EditTask(place.tensors, self.corpus, self.retained, source=self.source)
+            done = run_edit(self.model, task, self.config)
         except NonFiniteLoss as e:
             nothing = {
                 **dict.fromkeys(FIGURES),
@@ -86,7 +79,7 @@ class Bench:
             return {**line, **nothing, "seconds": {"edit": time.monotonic() - begin, "evaluate": 0.0}}
         edited = time.monotonic()
         with self._standing(done.tensors) as model:
-            after = ask(model, model.overrides, self.asked, self.guesses, self.config.row_length, kept=self.cache)
+            after = ask(model, self.asked, self.guesses, self.config.row_length, cache=self.cache)
         rates = {
             **figures(self.asked, after),
             "locality_agreement": agreement(self.asked, self.before, after),
@@ -109,14 +102,13 @@ class Bench:
         model, length = self.model, self.config.row_length
         if self.source is None or self.source.layer > layer:
             self.source = token_source(self.corpus, model.mesh)
-            self.cache = rising_cache(model, self.asked, self.guesses, self.config, len(self.corpus.tokens))
-        reader = Reader(model.spec, model.weights, {}, model.mesh, length)
+            beside, mode = len(self.corpus.tokens), self.config.prefix_cache
+            like = probe_cache(model, self.asked, 1, mode, beside, agreed_budgets(self.config))
+            self.cache = rising_cache(model, self.asked, self.guesses, like)
         while self.source.layer < layer:
-            self.source = advance(
-                model.spec, model.weights, self.corpus, self.source, self.mode, model.mesh, length
-            )
+            self.source = advance(model.params, self.corpus, self.source, self.mode, model.mesh, length)
             if self.cache is not None:
-                self.cache.advance(reader)
+                self.cache.advance(model, length)
 
     @contextmanager
     def _standing(self, tensors: dict[str, np.ndarray]) -> Iterator[Model]:
@@ -125,11 +117,11 @@ class Bench:
         model = self.model
         stack = {n: model.weights.get(locate_tensor(model.spec, n)[0].key) for n in tensors}
         fits = [n for n, a in stack.items() if isinstance(a, jax.Array) and a.dtype == model.dtype]
-        own = {n: take_tensor(model.spec, model.weights, n) for n in fits}
+        own = {n: take_tensor(model.params, n) for n in fits}
         placed = model.with_overrides(tensors).overrides
-        weights = put_tensors(model.spec, model.weights, {n: placed[n] for n in fits})
+        params = put_tensors(model.params, {n: placed[n] for n in fits})
         rest = {n: a for n, a in placed.items() if n not in own}
         try:
-            yield dataclasses.replace(model, weights=weights, overrides=rest)
+            yield dataclasses.replace(model, params=params.over(rest))
         finally:
-            self.model = dataclasses.replace(model, weights=put_tensors(model.spec, weights, own))
+            self.model = dataclasses.replace(model, params=put_tensors(params, own))

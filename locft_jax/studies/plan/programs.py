@@ -28,13 +28,23 @@ from locft_jax.editing.regularizers.second_moments import EXACT, RANK, matrices_
 from locft_jax.editing.regularizers.texts import SAMPLE_LENGTH
 from locft_jax.editing.regularizers.texts import source_of as source
 from locft_jax.editing.run import schedule_of
-from locft_jax.editing.step import EditState, Hyper, Kept, LowRank, Sides, init_state, train_step
-from locft_jax.editing.trainer import batch_shardings, run_shape
+from locft_jax.editing.step import (
+    EditState,
+    Hyper,
+    LowRank,
+    Regularizers,
+    RetainBatch,
+    Sides,
+    init_state,
+    train_step,
+)
+from locft_jax.editing.trainer import run_shape
 from locft_jax.evaluation.probes import NEW_TOKENS
 from locft_jax.evaluation.verify import packed
-from locft_jax.model.activation_cache import choose_mode, prefix_pass
-from locft_jax.model.decode import MOST, Reader, decode, pool_like, read_batch
+from locft_jax.model.activation_cache import Inputs, cache_pass, choose_mode
+from locft_jax.model.decode import MOST, abstract_slots, decode, read_batch
 from locft_jax.model.sharding import (
+    batch_shardings,
     replicated,
     rows_sharding,
     source_sharding,
@@ -42,7 +52,7 @@ from locft_jax.model.sharding import (
     weight_shardings,
     width_split,
 )
-from locft_jax.model.weights import Weights, abstract_weights, locate_tensor
+from locft_jax.model.weights import Params, Weights, abstract_weights, locate_tensor
 from locft_jax.studies.plan.case import Case
 from locft_jax.studies.plan.cost import Size, Work, forward_work, train_work
 
@@ -109,7 +119,7 @@ def cache_mode(case: Case, mesh: Mesh, free: float) -> str:
     device = 0.8 * max(0.0, free) if budget is None else budget * 2**30
     size = case.tokens * case.spec.d_model * case.dtype.itemsize
     split = width_split(mesh, case.spec.d_model)
-    return choose_mode(case.config.prefix_cache, case.layer, size, device, float("inf"), split)
+    return choose_mode(case.config.prefix_cache, case.layer, size, (device, float("inf")), split)
 
 
 def programs(case: Case, mesh: Mesh, memory: float) -> list[Program]:
@@ -147,7 +157,7 @@ def side(width: int, sharding: NamedSharding, mesh: Mesh) -> Any:
     return LowRank(shaped((width, RANK), np.float32, sharding), shaped((RANK,), np.float32, replicated(mesh)))
 
 
-def kept(case: Case, mesh: Mesh, start: int, mode: str) -> Kept | None:
+def kept(case: Case, mesh: Mesh, start: int, mode: str) -> RetainBatch | None:
     """A mini-batch of retained texts: as long as those sampled from the model can be, else as the edits'
     prompts."""
     if not case.config.preserve_kl:
@@ -164,8 +174,8 @@ def kept(case: Case, mesh: Mesh, start: int, mode: str) -> Kept | None:
     assert packed_batch is not None, "fit_shape saw it"
     batch, everywhere = placed(packed_batch, mesh), replicated(mesh)
     targets, top = batch.labels.size, min(TOP, case.spec.vocab_size - 1)
-    return Kept(
-        source_of(case, mesh, start, mode, batch),
+    return RetainBatch(
+        Inputs(source_of(case, mesh, start, mode, batch), start),
         batch,
         shaped((targets, top), np.int32, everywhere),
         shaped((targets, top), np.float32, everywhere),
@@ -190,14 +200,14 @@ def train_program(case: Case, mesh: Mesh, weights: Weights, state: EditState, mo
     assert packed_batch is not None, "run_shape saw the first mini-batch"
     batch, start = placed(packed_batch, mesh), 0 if mode == "off" else case.layer
     source = source_of(case, mesh, start, mode, batch)
-    more = sides(case, mesh), kept(case, mesh, start, mode)
+    more = Regularizers(sides(case, mesh), kept(case, mesh, start, mode))
     number: Any = shaped((), np.float32, replicated(mesh))
     hyper = Hyper(number, number, number, None if case.config.norm_constraint is None else number)
     size = Size(batch.index.size, batch.index.shape[1], batch.labels.size, case.dtype.itemsize)
     held, own = chip_bytes(weights), chip_bytes(state)
     return Program(
         "train step",
-        lambda: train_step.lower(case.spec, start, hyper, state, weights, {}, source, batch, *more),
+        lambda: train_step.lower(hyper, state, Params(case.spec, weights), Inputs(source, start), batch, more),
         held,
         own,
         unread(weights, "embed") if start else 0,
@@ -213,7 +223,7 @@ def prefix_program(case: Case, mesh: Mesh, weights: Weights, beside: int) -> Pro
     held = chip_bytes(weights)
     return Program(
         "prefix pass",
-        lambda: prefix_pass.lower(case.spec, case.layer, weights, {}, grid, Rows(grid, grid)),
+        lambda: cache_pass.lower(case.layer, Params(case.spec, weights), grid, Rows(grid, grid)),
         held,
         0,
         beside + unread(weights, "norm", "head"),
@@ -225,11 +235,11 @@ def evaluation_programs(case: Case, mesh: Mesh, weights: Weights, state: EditSta
     """The teacher-forced pass over the edited prompts, and one decoding step of a full pool."""
     spec, everywhere = case.spec, replicated(mesh)
     edits: Any = {n: shaped(a.shape, case.dtype, a.sharding) for n, a in state.theta.items()}
-    reader = Reader(spec, weights, edits, mesh, case.config.row_length)
-    _, first, _ = next(packed(case.corpus, np.arange(len(case.corpus)), reader))
+    params = Params(spec, weights, edits)
+    _, first = next(packed(case.corpus, np.arange(len(case.corpus)), case.config.row_length, mesh))
     batch, ids = placed(first, mesh), shaped((case.tokens,), np.int32, everywhere)
     slots = few_sizes(int(case.corpus.lengths.max()), 32, 1)
-    pool = pool_like(spec, mesh, case.dtype, few_sizes(MOST, 16, 4), slots, NEW_TOKENS - 1)
+    pool = abstract_slots(params, mesh, few_sizes(MOST, 16, 4), slots, NEW_TOKENS - 1)
     stop, enough = shaped((spec.vocab_size,), np.bool_, everywhere), shaped((), np.int32, everywhere)
     held, own, cache = chip_bytes(weights), chip_bytes(edits), chip_bytes((pool.keys, pool.values))
     reading = Size(batch.index.size, batch.index.shape[1], batch.labels.size, case.dtype.itemsize)
@@ -237,7 +247,7 @@ def evaluation_programs(case: Case, mesh: Mesh, weights: Weights, state: EditSta
     return [
         Program(
             "evaluation pass",
-            lambda: read_batch.lower(spec, case.layer, weights, edits, ids, batch),
+            lambda: read_batch.lower(case.layer, params, ids, batch),
             held,
             own,
             cache,
@@ -245,7 +255,7 @@ def evaluation_programs(case: Case, mesh: Mesh, weights: Weights, state: EditSta
         ),
         Program(
             "decoding step",
-            lambda: decode.lower(spec, weights, edits, pool, stop, enough),
+            lambda: decode.lower(params, pool, stop, enough),
             held,
             own,
             0,
