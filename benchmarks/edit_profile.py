@@ -26,7 +26,7 @@ if __package__ in (None, ""):
 from benchmarks.common import finish, hardware, layer_parameters, llama_spec, matmul_rate, seconds
 from locft_jax.data.packing import Rows
 from locft_jax.model import decoder
-from locft_jax.model.weights import init_weights
+from locft_jax.model.weights import Params, init_weights
 
 
 def pull(f: Callable[..., jax.Array], x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -63,7 +63,7 @@ def main() -> None:
         return decoder.attention(q, k, k, decoder.segment_mask(rows.segments, rows.positions, rows, window))
 
     def loss(x: jax.Array) -> jax.Array:
-        scores = decoder.head(spec, weights, {}, x)
+        scores = decoder.head(Params(spec, weights), x)
         return optax.softmax_cross_entropy_with_integer_labels(scores, labels)
 
     mlp = 2 * tokens * 3 * spec.d_model * spec.d_ff

@@ -47,7 +47,7 @@ from locft_jax.io.hf_load import load_model, load_weights
 from locft_jax.model.activation_cache import cached_source
 from locft_jax.model.decode import Reader
 from locft_jax.model.sharding import make_mesh
-from locft_jax.model.weights import take_tensor
+from locft_jax.model.weights import Params, take_tensor
 
 SEED, BATCH = 0, 64
 ONE = {"data": 1, "model": 1}
@@ -145,7 +145,7 @@ def demo_case(
     free = [item for item in read_capability(config.capability_data) if not item.choices]
     asked = prepare(model, make_probes(data.requests, sample, SEED), free[:sample])
     site = choose_site(model.spec, config)
-    before = model.with_overrides({n: np.asarray(take_tensor(model.spec, model.weights, n)) for n in site})
+    before = model.with_overrides({n: np.asarray(take_tensor(model.params, n)) for n in site})
     after = model.apply(load_delta(delta)) if delta else api.edit(model, data, config).edited
     reference = torch_model(torch, config.model_name_or_path, device)
     official, eos_only = stop_tables(model.tokenizer, model.spec.vocab_size, model.eos)
@@ -222,7 +222,7 @@ def random_case(
     stop = np.zeros(spec.vocab_size, bool)
     stop[list(checkpoint.eos)] = True
     edited = memorize(spec, weights, mesh, corpus, layer, epochs)
-    unedited = {n: take_tensor(spec, weights, n) for n in edited}
+    unedited = {n: take_tensor(Params(spec, weights), n) for n in edited}
 
     caches: list[ProbeCache] = []
     rows = []

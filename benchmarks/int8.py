@@ -43,8 +43,8 @@ def logit_error(exact: Model, int8: Model, corpus: Corpus, texts: int = 256) -> 
     for row, ids in zip(tokens, chosen, strict=True):
         row[: len(ids)] = ids
     used = np.arange(tokens.shape[1]) < np.asarray([[len(ids)] for ids in chosen])
-    forward = jax.jit(decoder.logits, static_argnums=0)
-    want, got = (np.asarray(forward(m.spec, m.weights, {}, tokens))[used] for m in (exact, int8))
+    forward = jax.jit(decoder.logits)
+    want, got = (np.asarray(forward(m.params, tokens))[used] for m in (exact, int8))
     gap = got - want
     return {
         "rms_of_std": float(np.sqrt(np.mean(gap**2)) / want.std()),

@@ -221,7 +221,7 @@ def write_model(folder: Path, seed: int = 0, **config: Any) -> Path:
     from safetensors.numpy import save_file
 
     from locft_jax.model.spec import parse_spec
-    from locft_jax.model.weights import init_weights, take_tensor, weight_table
+    from locft_jax.model.weights import Params, init_weights, take_tensor, weight_table
 
     config = {**TINY_CONFIG, **config}
     spec = parse_spec(config)
@@ -230,7 +230,7 @@ def write_model(folder: Path, seed: int = 0, **config: Any) -> Path:
     tensors = {}
     for row in weight_table(spec).values():
         for name in row.names():
-            value = np.asarray(take_tensor(spec, weights, name))
+            value = np.asarray(take_tensor(Params(spec, weights), name))
             if len(row.shape) == 1:
                 value = value + 0.1 * rng.standard_normal(row.shape, np.float32)
             else:

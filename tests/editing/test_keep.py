@@ -26,7 +26,7 @@ def model(tiny_model_dir):
 @pytest.fixture(scope="module")
 def edited(model):
     """Another matrix at SITE."""
-    own = np.asarray(take_tensor(model.spec, model.weights, SITE))
+    own = np.asarray(take_tensor(model.params, SITE))
     return own + 2 * RNG.standard_normal(own.shape, np.float32) * own.std()
 
 
@@ -72,7 +72,7 @@ def test_divergence_and_gradient_equal_torchs(torch, model, tiny_model_dir, edit
 
 
 def test_the_base_model_has_no_divergence(model):
-    own = take_tensor(model.spec, model.weights, SITE)
+    own = take_tensor(model.params, SITE)
     value, gradient = ours(model, "device", 2, own)
     assert abs(float(value)) < 1e-6 and np.abs(gradient).max() < 1e-6
 

@@ -307,7 +307,7 @@ def test_a_sampled_token_is_drawn_from_the_models_distribution(model):
     texts = sample_model(model, 0, count=3000, length=2)
     seen = np.bincount([t[1] for t in texts], minlength=model.spec.vocab_size) / len(texts)
     start = jnp.asarray([[model.tokenizer.eos_token_id]])
-    want = jax.nn.softmax(decoder.logits(model.spec, model.weights, {}, start)[0, 0])
+    want = jax.nn.softmax(decoder.logits(model.params, start)[0, 0])
     assert np.abs(seen - np.asarray(want)).sum() < 0.35  # about 0.2 is chance here; uniform gives > 1
 
 

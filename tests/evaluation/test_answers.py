@@ -17,7 +17,7 @@ from locft_jax.model.weights import take_tensor
 
 NEW = 32
 LENGTH = 48
-forward = jax.jit(decoder.logits, static_argnums=0)
+forward = jax.jit(decoder.logits)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def truth(model, prompts, stop):
     texts = [list(p) for p in prompts]
     for _ in range(NEW):
         tokens = np.asarray([t + [0] * (LENGTH - len(t)) for t in texts])  # causal: padding is not seen
-        scores = np.asarray(forward(model.spec, model.weights, model.overrides, tokens))
+        scores = np.asarray(forward(model.params, tokens))
         for text, row in zip(texts, scores, strict=True):
             text.append(int(row[len(text) - 1].argmax()))
     answers = [t[len(p) :] for t, p in zip(texts, prompts, strict=True)]
@@ -173,7 +173,7 @@ def test_passes_before_and_after_an_edit_share_what_is_below_it(
 ):
     cache = ProbeCache(1, mode)
     name = "model.layers.1.mlp.down_proj.weight"
-    own = take_tensor(model.spec, model.weights, name)
+    own = take_tensor(model.params, name)
     before = dataclasses.replace(model, edits={**model.overrides, name: own})
     guesses = guesses_from(truth, stop)
     answers, proved = ask(before, prompts, guesses, stop, kept=cache)
@@ -238,7 +238,7 @@ def test_scores_are_those_of_the_plain_forward(model):
     assert [n for n, *_ in scored] == list(range(len(texts)))
     best, logprob = (np.concatenate(part) for part in list(zip(*scored, strict=True))[1:])
     tokens = np.asarray([t + [0] * (LENGTH - len(t)) for t in texts])
-    scores = np.asarray(forward(model.spec, model.weights, model.overrides, tokens), np.float64)
+    scores = np.asarray(forward(model.params, tokens), np.float64)
     logs = scores - np.log(np.exp(scores - scores.max(-1, keepdims=True)).sum(-1, keepdims=True))
     logs -= scores.max(-1, keepdims=True)
     places = [(i, at) for i, (n, s) in enumerate(zip(lengths, starts, strict=True)) for at in range(s, n)]

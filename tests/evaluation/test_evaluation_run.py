@@ -190,7 +190,7 @@ def test_choices_are_scored_by_log_likelihood_a_character(model):
     got = ask.ask(model, {}, made, on_done=done.append)
     assert sum(done) == 4 and got.tokens == [[]] * 4 and got.proved == 0
 
-    forward = jax.jit(decoder.logits, static_argnums=0)
+    forward = jax.jit(decoder.logits)
     expected = []
     for item in items:
         head = model.tokenizer(item.prompt)["input_ids"]
@@ -198,7 +198,7 @@ def test_choices_are_scored_by_log_likelihood_a_character(model):
         for choice in item.choices:
             ids = model.tokenizer(item.prompt + " " + choice)["input_ids"]
             padded = np.asarray([ids + [0] * (64 - len(ids))])
-            logs = jax.nn.log_softmax(forward(model.spec, model.weights, {}, padded)[0])
+            logs = jax.nn.log_softmax(forward(model.params, padded)[0])
             total = sum(float(logs[at - 1, ids[at]]) for at in range(len(head), len(ids)))
             scores.append(total / len(choice))
         assert np.diff(np.sort(scores)).min() > 1e-4  # no ties

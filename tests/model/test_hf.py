@@ -16,7 +16,7 @@ from locft_jax.io import hf_folder, hf_load, hf_save
 from locft_jax.io.delta import fingerprint
 from locft_jax.model import decoder, model
 from locft_jax.model.sharding import make_mesh
-from locft_jax.model.weights import take_tensor, weight_table
+from locft_jax.model.weights import Params, take_tensor, weight_table
 from locft_jax.run_identity import base_digest
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -61,7 +61,7 @@ def test_every_tensor_loads_as_it_is_stored(tiny_model_dir, make_variant, tmp_pa
     names = [n for row in weight_table(checkpoint.spec).values() for n in row.names()]
     assert sorted(names) == sorted(stored) == sorted(checkpoint.tensors)
     for name in names:
-        got = np.asarray(take_tensor(checkpoint.spec, weights, name))
+        got = np.asarray(take_tensor(Params(checkpoint.spec, weights), name))
         assert got.dtype == stored[name].dtype == checkpoint.dtype
         assert got.tobytes() == stored[name].tobytes(), name
         assert hf_folder.read_tensor(checkpoint, name).tobytes() == stored[name].tobytes()
@@ -232,7 +232,7 @@ def edited_tensors(checkpoint) -> dict[str, np.ndarray]:
     """A matrix and a norm, changed, through the model and back: {name: array in checkpoint dtype}."""
     mesh = make_mesh(ONE, jax.devices()[:1])
     weights = hf_load.load_weights(checkpoint, mesh)
-    masters = {n: take_tensor(checkpoint.spec, weights, n).astype(np.float32) + 0.3 for n in (DOWN, NORM)}
+    masters = {n: take_tensor(Params(checkpoint.spec, weights), n).astype(np.float32) + 0.3 for n in (DOWN, NORM)}
     return hf_save.to_checkpoint_dtype(checkpoint, masters)
 
 
@@ -293,7 +293,7 @@ def test_tensors_of_another_shape_or_dtype_are_not_written(tiny_model_dir, tmp_p
 def test_saving_unchanged_tensors_gives_the_same_values_everywhere(tiny_model_dir, tmp_path):
     checkpoint = hf_folder.open_checkpoint(str(tiny_model_dir))
     weights = hf_load.load_weights(checkpoint, make_mesh({"data": 1, "model": 8}))  # gathered from 8 devices
-    everything = {n: take_tensor(checkpoint.spec, weights, n) for n in checkpoint.tensors}
+    everything = {n: take_tensor(Params(checkpoint.spec, weights), n) for n in checkpoint.tensors}
     hf_save.save_hf(checkpoint, hf_save.to_checkpoint_dtype(checkpoint, everything), tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tiny_model_dir)
 
@@ -353,9 +353,9 @@ def test_the_exported_folder_loads_in_transformers_with_our_logits(tiny_model_di
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens)).logits.numpy()
     ours = model.with_overrides(edited)
-    forward = jax.jit(decoder.logits, static_argnums=0)
-    got = np.asarray(forward(ours.spec, ours.weights, ours.overrides, tokens))
-    plain = np.asarray(forward(model.spec, model.weights, {}, tokens))
+    forward = jax.jit(decoder.logits)
+    got = np.asarray(forward(ours.params, tokens))
+    plain = np.asarray(forward(model.params, tokens))
     assert np.abs(got - plain).max() > 0.1  # the edit shows
     np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
     assert np.abs(expected).max() > 0.5  # the tolerance means something

@@ -18,10 +18,13 @@ from locft_jax.io import (
 from locft_jax.model import decoder  # noqa: E402
 from locft_jax.model.decode import Reader  # noqa: E402
 from locft_jax.model.sharding import make_mesh, tensor_spec  # noqa: E402
-from locft_jax.model.weights import weight_table  # noqa: E402
+from locft_jax.model.weights import (
+    Params,
+    weight_table,  # noqa: E402
+)
 
 pytestmark = pytest.mark.parity
-forward = jax.jit(decoder.logits, static_argnums=0)
+forward = jax.jit(decoder.logits)
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -41,7 +44,7 @@ def test_logits_equal_transformers_on_one_and_eight_devices(family, torch):
         weights = hf_load.load_weights(checkpoint, mesh)
         for key, row in weight_table(checkpoint.spec).items():
             assert weights[key].sharding.spec == tensor_spec(mesh, checkpoint.spec, row), key
-        got = np.asarray(forward(checkpoint.spec, weights, {}, tokens))
+        got = np.asarray(forward(Params(checkpoint.spec, weights), tokens))
         np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
     assert np.abs(expected).max() > 0.5  # the tolerance means something
 
@@ -72,7 +75,7 @@ def test_bfloat16_stays_near_float32(family, torch):
     _, checkpoint = family
     mesh = make_mesh({"data": 1, "model": 1}, jax.devices()[:1])
     tokens = np.random.default_rng(3).integers(0, 96, (2, 16))
-    exact = np.asarray(forward(checkpoint.spec, hf_load.load_weights(checkpoint, mesh), {}, tokens))
+    exact = np.asarray(forward(Params(checkpoint.spec, hf_load.load_weights(checkpoint, mesh)), tokens))
     half = hf_load.load_weights(checkpoint, mesh, jax.numpy.bfloat16)
     got = np.asarray(forward(checkpoint.spec, half, {}, tokens))
     # bfloat16 keeps 8 bits: 0.4 % a rounding, and a handful of roundings a layer. 5 % of the logits'

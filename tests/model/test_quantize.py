@@ -29,7 +29,7 @@ ONE = {"data": 1, "model": 1}
 MESHES = [{"data": 1, "model": 8}, {"data": 2, "model": 4}, {"data": 8, "model": 1}]
 MATRICES = {"embed", "q", "k", "v", "o", "gate", "up", "down", "head"}
 DOWN = "model.layers.1.mlp.down_proj.weight"
-forward = jax.jit(decoder.logits, static_argnums=0)
+forward = jax.jit(decoder.logits)
 
 
 def mesh_of(sizes):
@@ -246,4 +246,4 @@ def test_the_flax_module(folders):
     model = hf_load.load_model(str(folders["untied"]), "int8", ONE)
     tokens = np.arange(24).reshape(2, 12)
     got = nnx.jit(lambda module, tokens: module(tokens))(CausalLM(model), tokens)
-    np.testing.assert_allclose(got, forward(model.spec, model.weights, {}, tokens), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got, forward(model.params, tokens), rtol=1e-5, atol=1e-5)

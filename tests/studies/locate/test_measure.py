@@ -16,7 +16,7 @@ def test_tensors_stand_in_the_stacks_and_are_taken_out_again(tiny_model_dir, mod
     model = load_model(str(tiny_model_dir), mesh={"data": 1, "model": model_axis})
     names = ["model.layers.1.mlp.down_proj.weight", "model.layers.2.self_attn.q_proj.weight"]
     original = {k: np.array(a.copy()) for k, a in model.weights.items()}  # a view would forbid donation
-    own = {n: take_tensor(model.spec, model.weights, n) for n in names}
+    own = {n: take_tensor(model.params, n) for n in names}
     new = model.with_overrides({n: np.asarray(a) + 1 for n, a in own.items()}).overrides
     given = model.weights
     standing = put_tensors(model.spec, given, new)
