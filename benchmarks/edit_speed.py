@@ -29,7 +29,7 @@ from locft_jax.data.packing import Corpus, epoch_batches
 from locft_jax.editing.site import find_site, parameters, read_site
 from locft_jax.editing.step import Hyper, init_state
 from locft_jax.editing.trainer import Schedule, run_pipeline, run_shape
-from locft_jax.io.hf_folder import open_checkpoint
+from locft_jax.io.hf_folder import open_folder
 from locft_jax.io.hf_load import load_weights
 from locft_jax.model.activation_cache import cached_source
 from locft_jax.model.sharding import make_mesh
@@ -72,7 +72,7 @@ def torch_loop(
 
 def our_loop(folder: str, corpus: Corpus, layer: int, batch: int, epochs: int) -> dict[str, Any]:
     """Compile first (one step of each kind), then time prefix pass and epochs."""
-    checkpoint, mesh = open_checkpoint(folder), make_mesh({"data": 1, "model": 1}, jax.devices()[:1])
+    checkpoint, mesh = open_folder(folder), make_mesh({"data": 1, "model": 1}, jax.devices()[:1])
     spec, weights = checkpoint.spec, load_weights(checkpoint, mesh)
     site = find_site(spec, ["model.layers.{}.mlp.down_proj.weight"], [layer])
     schedule = Schedule(batch, epochs, SEED, "example", ROW, Hyper(RATE, 0.0, 0.0))

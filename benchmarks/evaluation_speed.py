@@ -42,7 +42,7 @@ from locft_jax.evaluation.probes import NEW_TOKENS, make_probes, prepare
 from locft_jax.evaluation.scoring import matches, stop_tables
 from locft_jax.evaluation.verify import ProbeCache, answer
 from locft_jax.io.delta import load_delta
-from locft_jax.io.hf_folder import open_checkpoint
+from locft_jax.io.hf_folder import open_folder
 from locft_jax.io.hf_load import load_model, load_weights
 from locft_jax.model.activation_cache import cached_source
 from locft_jax.model.decode import Reader
@@ -212,7 +212,7 @@ def random_case(
     with tempfile.TemporaryDirectory() as folder:
         LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder)
         reference = torch_model(torch, folder, device)
-        checkpoint, mesh = open_checkpoint(folder), make_mesh(ONE, jax.devices()[:1])
+        checkpoint, mesh = open_folder(folder), make_mesh(ONE, jax.devices()[:1])
         weights = load_weights(checkpoint, mesh)
     spec = checkpoint.spec
     corpus = zsre_like(edits, spec.vocab_size, SEED)

@@ -96,13 +96,13 @@ def load(folder: Path) -> float:
     """Seconds to open, load and check the model, as every command does."""
     import jax
 
-    from locft_jax.io.hf_folder import open_checkpoint
+    from locft_jax.io.hf_folder import open_folder
     from locft_jax.io.hf_load import load_opened
     from locft_jax.model.sharding import make_mesh
 
     mesh = make_mesh({"data": 1, "model": 1}, jax.devices()[:1])
     begin = time.perf_counter()
-    model = load_opened(open_checkpoint(str(folder)), None, mesh)
+    model = load_opened(open_folder(str(folder)), None, mesh)
     jax.block_until_ready(model.weights)
     return time.perf_counter() - begin
 

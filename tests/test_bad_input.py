@@ -447,7 +447,7 @@ def test_weights_that_are_not_finite(refused, edit_arguments, edits_file, tiny_m
 )
 def test_deltas(refused, tiny_model_dir, edits_file, tmp_path, name, damage, said):
     folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
-    checkpoint = hf_folder.open_checkpoint(str(folder))
+    checkpoint = hf_folder.open_folder(str(folder))
     new = {DOWN: np.zeros(checkpoint.tensors[DOWN].shape, np.float32)}
     save_delta(make_delta(checkpoint, new, {}), folder / "delta.safetensors")
     damage(folder)

@@ -79,13 +79,13 @@ def test_no_name_breaks_it(report, delta, name):
 
 
 def test_a_model_is_called_by_its_name(tiny_model_dir, monkeypatch):
-    from locft_jax.io.hf_folder import open_checkpoint
+    from locft_jax.io.hf_folder import open_folder
 
-    checkpoint = open_checkpoint(str(tiny_model_dir))
+    checkpoint = open_folder(str(tiny_model_dir))
     name = tiny_model_dir.name
     assert model_card.model_name(checkpoint, str(tiny_model_dir)) == name
     assert model_card.model_name(checkpoint, "owner/name") == "owner/name"  # from the Hub
     monkeypatch.chdir(tiny_model_dir.parent.parent)
     assert model_card.model_name(checkpoint, f"{tiny_model_dir.parent.name}/{name}") == name  # a folder
     monkeypatch.chdir(tiny_model_dir)
-    assert model_card.model_name(open_checkpoint("."), ".") == name
+    assert model_card.model_name(open_folder("."), ".") == name

@@ -221,7 +221,7 @@ def test_a_bfloat16_checkpoint_is_edited_in_float32_and_stored_in_bfloat16(
     changed = {
         p.name for p in model.iterdir() if p.read_bytes() != (tmp_path / "out" / "hf" / p.name).read_bytes()
     }
-    checkpoint = hf_folder.open_checkpoint(str(model))
+    checkpoint = hf_folder.open_folder(str(model))
     assert changed == {checkpoint.tensors[name].file for name in SITE}
     # The distance we state: every step's loss within 3 % of the float32 run's, on the same batches.
     # (bfloat16 keeps 8 bits: 0.4 % a rounding, and a handful of roundings a layer.)

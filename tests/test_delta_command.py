@@ -54,7 +54,7 @@ def edited(tiny_model_dir, tmp_path):
     """`edited(name, seed, *tensors, of=...)` -> a delta file of random values."""
 
     def make(name, seed, *tensors, of=tiny_model_dir):
-        checkpoint = hf_folder.open_checkpoint(str(of))
+        checkpoint = hf_folder.open_folder(str(of))
         rng = np.random.default_rng(seed)
         new = {n: rng.standard_normal(checkpoint.tensors[n].shape, np.float32) for n in tensors}
         save_delta(make_delta(checkpoint, new, {"edits": seed}), tmp_path / name)
@@ -224,7 +224,7 @@ def test_cards_are_stacked_and_taken_back_in_any_order(runs, tiny_model_dir, tmp
     _, run = runs["single"]
     loaded = load_delta(run / "delta.safetensors")
     for name, tensor, card in (("one", DOWN, "first card"), ("two", UP, "second card | `x` -->")):
-        checkpoint = hf_folder.open_checkpoint(str(tiny_model_dir))
+        checkpoint = hf_folder.open_folder(str(tiny_model_dir))
         new = {tensor: np.full(checkpoint.tensors[tensor].shape, 0.5, np.float32)}
         save_delta(make_delta(checkpoint, new, {"cards": [card]}), tmp_path / name)
     assert len(loaded.cards()) == 1
@@ -318,7 +318,7 @@ def test_show_says_what_is_edited_and_by_how_much(runs, edited, tmp_path, capsys
 
 
 def test_show_fits_a_screen(tiny_model_dir, edited, capsys):
-    every = sorted(hf_folder.open_checkpoint(str(tiny_model_dir)).tensors)
+    every = sorted(hf_folder.open_folder(str(tiny_model_dir)).tensors)
     delta("show", edited("x", 1, *every))
     shown = capsys.readouterr().out
     assert f"{len(every) - 20} more; all {len(every)}" in " ".join(shown.replace("│", " ").split())

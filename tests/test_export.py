@@ -29,7 +29,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def saved(request, tiny_model_dir, make_variant, tmp_path_factory):
     """A checkpoint and an edit of it, saved both ways: (folder with hf/ and orbax/, edited tensor)."""
     place = tmp_path_factory.mktemp(request.param)
-    checkpoint = hf_folder.open_checkpoint(str(make_variant(tiny_model_dir, place / "base", request.param, files=2)))
+    base = make_variant(tiny_model_dir, place / "base", request.param, files=2)
+    checkpoint = hf_folder.open_folder(str(base))
     new = {DOWN: (0.1 * np.arange(32 * 64).reshape(32, 64)).astype(checkpoint.dtype)}
     hf_save.save_hf(checkpoint, new, place / "hf")
     orbax_export.save_orbax(checkpoint, new, place / "orbax")
@@ -39,7 +40,7 @@ def saved(request, tiny_model_dir, make_variant, tmp_path_factory):
 def test_orbax_restores_to_the_tensors_of_hf(saved):
     with ocp.StandardCheckpointer() as reader:
         restored = reader.restore(saved / "orbax")
-    again = hf_folder.open_checkpoint(str(saved / "hf"))
+    again = hf_folder.open_folder(str(saved / "hf"))
     assert set(restored) == set(again.tensors)
     for name, array in restored.items():
         expected = hf_folder.read_tensor(again, name)
@@ -54,7 +55,7 @@ def test_config_json_stands_beside_the_arrays(saved):
 
 def test_orbax_restores_with_any_sharding(saved):
     mesh = make_mesh({"data": 2, "model": 4})
-    again = hf_folder.open_checkpoint(str(saved / "hf"))
+    again = hf_folder.open_folder(str(saved / "hf"))
 
     def wanted(info):
         parts = ("model",) if info.shape[0] % 4 == 0 else (None,)

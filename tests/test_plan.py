@@ -173,7 +173,7 @@ def test_meshes_are_the_configs_own_then_by_memory(tiny):
 @pytest.mark.parametrize("int8", [False, True])
 def test_the_arrays_of_a_plan_are_those_of_a_run(tiny, tiny_model_dir, int8):
     case, mesh = dataclasses.replace(tiny[0], int8=int8), make_mesh({"data": 2, "model": 4})
-    checkpoint = hf_folder.open_checkpoint(str(tiny_model_dir))
+    checkpoint = hf_folder.open_folder(str(tiny_model_dir))
     weights = hf_load.load_weights(checkpoint, mesh, int8=int8)
     own = {n: hf_folder.read_tensor(checkpoint, n) for n in case.site}
     state = init_state(read_site(case.spec, weights, case.site, mesh, own))

@@ -84,7 +84,7 @@ def test_a_model_at_a_url_loads_as_the_one_here(
 ):
     monkeypatch.setattr(reading, "BLOCK", rows * 70)  # blocks that end within rows, and between them
     folder = make_variant(tiny_model_dir, tmp_path / "model", dtype, files=3)
-    here, there = (hf_folder.open_checkpoint(str(p)) for p in (folder, put(folder, f"{bucket}/a/model")))
+    here, there = (hf_folder.open_folder(str(p)) for p in (folder, put(folder, f"{bucket}/a/model")))
     assert there.tensors == here.tensors and there.name == "model" and there.nbytes() == here.nbytes()
     devices = jax.devices()[: mesh["data"] * mesh["model"]]
     for wanted in (None, np.float32, ml_dtypes.bfloat16):
@@ -105,8 +105,8 @@ def test_only_what_is_needed_is_read_and_only_small_files_are_copied(bucket, sha
         return read(self, begin, end)
 
     monkeypatch.setattr(remote.Remote, "read", spy)
-    checkpoint = hf_folder.open_checkpoint(put(sharded, f"{bucket}/model"))
-    assert sorted(p.name for p in checkpoint.folder.iterdir()) == sorted(
+    checkpoint = hf_folder.open_folder(put(sharded, f"{bucket}/model"))
+    assert sorted(p.name for p in checkpoint.path.iterdir()) == sorted(
         p.name for p in sharded.iterdir() if p.suffix != ".safetensors"
     )
     asked.clear()
@@ -171,7 +171,7 @@ def test_a_run_at_urls_gives_the_bytes_of_one_here(
             path.write_bytes(content)
     with ocp.StandardCheckpointer() as reader:
         one, other = (reader.restore(p / "orbax") for p in (tmp_path / "here", tmp_path))
-    assert set(one) == set(other) == set(hf_folder.open_checkpoint(str(sharded)).tensors)
+    assert set(one) == set(other) == set(hf_folder.open_folder(str(sharded)).tensors)
     assert all(np.asarray(one[n]).tobytes() == np.asarray(other[n]).tobytes() for n in one)
 
     # What else reads and writes there.
@@ -272,7 +272,7 @@ def test_a_run_at_gs_urls(sharded, edits_file, edit_arguments, tmp_path, monkeyp
     there = {"model_name_or_path": url, "data_path": "gs://bucket/edits.json"}
     command(edit, *edit_arguments("gs://bucket/runs/it", **quick, **there))
     moved = {path.rpartition("%2F")[2] for _, path in store.asked if "rewriteTo" in path}
-    checkpoint = hf_folder.open_checkpoint(str(sharded))
+    checkpoint = hf_folder.open_folder(str(sharded))
     edited = {checkpoint.tensors[f"model.layers.2.mlp.{n}_proj.weight"].file for n in ("gate", "up", "down")}
     assert moved == {p.name for p in sharded.iterdir()} - edited - {"README.md"}  # inside the store
     assert edited and not any((tmp_path / "runs").iterdir())
@@ -395,5 +395,5 @@ def test_a_header_longer_than_the_first_request(bucket, tmp_path, tiny_model_dir
     folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors, folder / "model.safetensors", {"long": "x" * 2**21})
-    there = hf_folder.open_checkpoint(put(folder, f"{bucket}/model"))
-    assert there.tensors == hf_folder.open_checkpoint(str(folder)).tensors
+    there = hf_folder.open_folder(put(folder, f"{bucket}/model"))
+    assert there.tensors == hf_folder.open_folder(str(folder)).tensors

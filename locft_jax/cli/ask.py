@@ -20,7 +20,7 @@ from locft_jax.evaluation.report import plain
 from locft_jax.evaluation.scoring import cut, stop_tables
 from locft_jax.evaluation.verify import Prompts, answer
 from locft_jax.io.delta import check_delta, load_delta
-from locft_jax.io.hf_folder import open_checkpoint
+from locft_jax.io.hf_folder import open_folder
 from locft_jax.io.hf_load import frozen_dtype, load_opened, load_tokenizer
 from locft_jax.io.remote import place
 from locft_jax.model.memory import check_memory
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Everything that can be wrong is looked at before any weight is loaded.
     prompts = read_prompts(args.prompts)
-    checkpoint = open_checkpoint(config.model_name_or_path)
+    checkpoint = open_folder(config.model_name_or_path)
     tokenizer = load_tokenizer(checkpoint)
     mesh = make_mesh(config.mesh)
     delta = load_delta(args.delta) if args.delta else None

@@ -18,7 +18,7 @@ from locft_jax.evaluation.report import plain
 from locft_jax.io import outputs
 from locft_jax.io.delta import Delta, check_delta, diff_delta, load_delta, save_delta
 from locft_jax.io.delta_ops import Change, changes, compose_deltas, merge_deltas
-from locft_jax.io.hf_folder import open_checkpoint
+from locft_jax.io.hf_folder import open_folder
 from locft_jax.io.model_card import readme
 from locft_jax.io.remote import place, size_of
 from locft_jax.logs import Bar
@@ -44,11 +44,11 @@ def revert(args: argparse.Namespace) -> None:
 
 def _rewrite(args: argparse.Namespace, edited: bool) -> None:
     delta = load_delta(args.delta)
-    checkpoint = open_checkpoint(args.model)
+    checkpoint = open_folder(args.model)
     outputs.check_model_out(args.out, args.overwrite, checkpoint.place)
     check_delta(checkpoint, delta, edited=edited)
     values = delta.base if edited else delta.new
-    cards = readme(checkpoint.folder, delta.cards(), revert=edited)
+    cards = readme(checkpoint.path, delta.cards(), revert=edited)
     outputs.save_model(checkpoint, values, args.out, cards)
     files = {info.file for info in checkpoint.tensors.values()}
     touched = {checkpoint.tensors[n].file for n in values}
@@ -58,7 +58,7 @@ def _rewrite(args: argparse.Namespace, edited: bool) -> None:
 def diff(args: argparse.Namespace) -> None:
     """The delta between two folders of one model."""
     outputs.check_file(args.out, args.overwrite)
-    _write(args.out, diff_delta(open_checkpoint(args.base), open_checkpoint(args.edited)))
+    _write(args.out, diff_delta(open_folder(args.base), open_folder(args.edited)))
 
 
 def merge(args: argparse.Namespace) -> None:

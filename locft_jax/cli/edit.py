@@ -27,7 +27,7 @@ from locft_jax.evaluation.report import plain, print_report
 from locft_jax.io import orbax_export, outputs
 from locft_jax.io.atomic import write_json, write_jsonl
 from locft_jax.io.delta import save_delta
-from locft_jax.io.hf_folder import open_checkpoint
+from locft_jax.io.hf_folder import open_folder
 from locft_jax.io.hf_load import load_opened, load_tokenizer
 from locft_jax.io.hf_save import save_hf, save_hf_at
 from locft_jax.io.model_card import readme
@@ -62,7 +62,7 @@ def carry_out(args: argparse.Namespace) -> None:
     data = read_requests(config.data_path, config.num_edits, config.on_conflict)
     data = extend(earlier, data) if earlier else data
     capability = read_capability(config.capability_data) if config.capability_data else []
-    checkpoint = open_checkpoint(config.model_name_or_path)
+    checkpoint = open_folder(config.model_name_or_path)
     tokenizer = load_tokenizer(checkpoint)
     mesh = make_mesh(config.mesh)
     site = choose_site(checkpoint.spec, config)
@@ -101,7 +101,7 @@ def carry_out(args: argparse.Namespace) -> None:
             if "delta" in config.export:
                 save_delta(result.delta, folder / "delta.safetensors")
             if "hf" in config.export:
-                files = readme(checkpoint.folder, result.delta.cards())
+                files = readme(checkpoint.path, result.delta.cards())
                 if store:
                     save_hf_at(checkpoint, result.delta.new, store / "hf", files)
                 else:

@@ -14,7 +14,7 @@ from locft_jax.evaluation.report import plain
 from locft_jax.io import outputs
 from locft_jax.io.atomic import write_json
 from locft_jax.io.delta import check_delta, load_delta
-from locft_jax.io.hf_folder import open_checkpoint
+from locft_jax.io.hf_folder import open_folder
 from locft_jax.io.hf_load import frozen_dtype, load_opened, load_tokenizer
 from locft_jax.io.remote import place
 from locft_jax.model.memory import check_memory
@@ -40,7 +40,7 @@ def carry_out(args: argparse.Namespace) -> None:
         outputs.check_file(args.out, args.overwrite)
     data = read_requests(args.data, config.num_edits, config.on_conflict)
     capability = read_capability(config.capability_data) if config.capability_data else []
-    checkpoint = open_checkpoint(args.model)
+    checkpoint = open_folder(args.model)
     tokenizer = load_tokenizer(checkpoint)
     mesh = make_mesh(config.mesh)
     delta = load_delta(args.delta) if args.delta else None

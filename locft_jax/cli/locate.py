@@ -29,7 +29,7 @@ from locft_jax.evaluation.report import plain
 from locft_jax.evaluation.scoring import counts
 from locft_jax.io import outputs
 from locft_jax.io.atomic import whole_folder
-from locft_jax.io.hf_folder import HFFolder, open_checkpoint
+from locft_jax.io.hf_folder import HFFolder, open_folder
 from locft_jax.io.hf_load import load_opened, load_tokenizer
 from locft_jax.logs import Bar, say
 from locft_jax.model.sharding import make_mesh
@@ -64,7 +64,7 @@ def carry_out(args: argparse.Namespace) -> None:
         raise UserError("data_path: no edits given; set data_path to a file of edits (JSON, JSONL or CSV)")
     data = read_requests(config.data_path, config.num_edits, config.on_conflict)
     capability = read_capability(config.capability_data) if config.capability_data else []
-    checkpoint = open_checkpoint(config.model_name_or_path)
+    checkpoint = open_folder(config.model_name_or_path)
     tokenizer, mesh = load_tokenizer(checkpoint), make_mesh(config.mesh)
     plan = make_plan(checkpoint.spec, args.modules, args.layers, args.strategy, args.from_sibling)
     retained = retained_texts(config, data.requests)

@@ -31,7 +31,7 @@ from locft_jax.evaluation.probes import check_probes, make_probes
 from locft_jax.evaluation.report import plain
 from locft_jax.io import outputs
 from locft_jax.io.atomic import append_jsonl, whole_folder
-from locft_jax.io.hf_folder import HFFolder, open_checkpoint
+from locft_jax.io.hf_folder import HFFolder, open_folder
 from locft_jax.io.hf_load import load_opened, load_tokenizer
 from locft_jax.logs import say
 from locft_jax.model.model import Model
@@ -121,7 +121,7 @@ def carry_out(args: argparse.Namespace) -> None:
 def looker() -> Callable[[Run], Job]:
     """Looks at one run after another; what they share is opened once. Raises UserError for anything that is
     wrong with a run, before any weight is loaded."""
-    opened = functools.cache(open_checkpoint)
+    opened = functools.cache(open_folder)
     requests, items = functools.cache(read_requests), functools.cache(read_capability)
     tokenizers: dict[str, Any] = {}
 

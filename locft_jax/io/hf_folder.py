@@ -37,7 +37,7 @@ HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"
 class HFFolder:
     """A model folder that has been looked at but not loaded."""
 
-    folder: Path  # of a model at a URL: a local copy of all but its weight files
+    path: Path  # of a model at a URL: a local copy of all but its weight files
     name: str
     config: dict[str, Any]
     spec: ModelSpec
@@ -48,14 +48,14 @@ class HFFolder:
     @property
     def place(self) -> Path | remote.Remote:
         """Where its weight files are, and what messages call it."""
-        return self.store or self.folder
+        return self.store or self.path
 
     def files(self) -> dict[str, int]:
         """Bytes of every file of the model, by name: those that an export takes over."""
         if self.store:
             found = self.store.names()
         else:
-            found = {p.name: p.stat().st_size for p in self.folder.iterdir() if p.is_file()}
+            found = {p.name: p.stat().st_size for p in self.path.iterdir() if p.is_file()}
         return {name: size for name, size in sorted(found.items()) if not name.startswith(".")}
 
     @property
@@ -93,7 +93,7 @@ def find_model(path_or_id: str) -> Path:
         ) from None
 
 
-def open_checkpoint(path_or_id: str) -> HFFolder:
+def open_folder(path_or_id: str) -> HFFolder:
     """Read config and safetensors headers of a model folder, Hub id or URL; check every tensor's name, shape
     and dtype.
 

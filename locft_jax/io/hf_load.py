@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from locft_jax.errors import UserError, is_panic
 from locft_jax.io import reading
-from locft_jax.io.hf_folder import HFFolder, open_checkpoint, read_part, read_tensor
+from locft_jax.io.hf_folder import HFFolder, open_folder, read_part, read_tensor
 from locft_jax.model.model import Model
 from locft_jax.model.quantize import Quantized, quantize_rows, row_scales
 from locft_jax.model.sharding import fetch, make_mesh, weight_shardings
@@ -102,17 +102,17 @@ def load_tokenizer(checkpoint: HFFolder) -> Any:
     from transformers import AutoTokenizer
 
     names = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if not any((checkpoint.folder / n).exists() for n in names):
+    if not any((checkpoint.path / n).exists() for n in names):
         raise UserError(f"{checkpoint.place}: no tokenizer (tokenizer.json) in this model folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            str(checkpoint.folder), trust_remote_code=False, local_files_only=True
+            str(checkpoint.path), trust_remote_code=False, local_files_only=True
         )
         tokenizer("a")  # some settings are only looked at here
     except BaseException as e:  # any failure means unusable files
         if not (isinstance(e, Exception) or is_panic(e)):
             raise
-        reason = " ".join(str(e).replace(str(checkpoint.folder), str(checkpoint.place)).split())[:200]
+        reason = " ".join(str(e).replace(str(checkpoint.path), str(checkpoint.place)).split())[:200]
         raise UserError(f"{checkpoint.place}: the tokenizer cannot be loaded ({reason})") from None
     if not tokenizer.is_fast:
         raise UserError(f"{checkpoint.place}: no fast tokenizer (tokenizer.json) in this model folder")
@@ -125,7 +125,7 @@ def load_model(path_or_id: str, weights: str = "checkpoint", mesh: Mapping[str, 
 
     Raises UserError for anything that is wrong with the folder, before weights are read.
     """
-    checkpoint = open_checkpoint(path_or_id)
+    checkpoint = open_folder(path_or_id)
     tokenizer = load_tokenizer(checkpoint)
     return load_opened(checkpoint, tokenizer, make_mesh(mesh), weights)
 

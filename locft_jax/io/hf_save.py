@@ -44,8 +44,8 @@ def save_hf(
             if checkpoint.store:
                 with open(part / name, "wb") as f:
                     f.writelines(_pieces(checkpoint, name, edited))
-            elif name in rewritten or not (is_weights(name) and _link(checkpoint.folder / name, part)):
-                shutil.copyfile(checkpoint.folder / name, part / name)
+            elif name in rewritten or not (is_weights(name) and _link(checkpoint.path / name, part)):
+                shutil.copyfile(checkpoint.path / name, part / name)
         for name, content in other.items():
             if content is not None:
                 (part / name).write_bytes(content)

@@ -109,7 +109,7 @@ def model_name(checkpoint: HFFolder, path_or_id: str) -> str:
     """What a card calls a model: its Hub id, or the name of its folder."""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path_or_id) and not os.path.isdir(path_or_id):
         return path_or_id
-    return checkpoint.name if checkpoint.name not in ("", "..") else checkpoint.folder.resolve().name
+    return checkpoint.name if checkpoint.name not in ("", "..") else checkpoint.path.resolve().name
 
 
 # ---------------------------------------------------------------- in and out of README.md

@@ -45,11 +45,10 @@ def save_orbax(checkpoint: HFFolder, new: Mapping[str, np.ndarray], out: Path) -
 
     types = ocp.type_handlers.create_type_handler_registry((Unread, OneByOne(deepcopy_host_arrays=False)))
     try:
-        with ocp.Checkpointer(
-            ocp.PyTreeCheckpointHandler(type_handler_registry=types, multiprocessing_options=distributed.alone()),
-            multiprocessing_options=distributed.alone(),
-        ) as saver:
+        alone = distributed.alone()
+        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=types, multiprocessing_options=alone)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as saver:
             saver.save(out.resolve(), args=ocp.args.PyTreeSave({n: leaf(n) for n in checkpoint.tensors}))
     except Exception as e:  # tensorstore has its own kinds for a full disk
         raise OSError(f"the orbax checkpoint could not be written: {reason(e)}") from None
-    shutil.copy2(checkpoint.folder / "config.json", out / "config.json")
+    shutil.copy2(checkpoint.path / "config.json", out / "config.json")

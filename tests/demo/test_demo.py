@@ -9,7 +9,7 @@ from locft_jax.config import DEMO_CONFIG, DEMO_FOLDER, load_config
 from locft_jax.data.capability import read_capability
 from locft_jax.demo import train
 from locft_jax.demo.world import capability_items, make_edits, make_world, prompts
-from locft_jax.io.hf_folder import open_checkpoint
+from locft_jax.io.hf_folder import open_folder
 
 
 def test_the_shipped_files_are_what_the_generator_makes():
@@ -22,11 +22,11 @@ def test_the_shipped_files_are_what_the_generator_makes():
 
 
 def test_the_model_is_small_and_ordinary():
-    checkpoint = open_checkpoint(str(DEMO_FOLDER / "model"))
+    checkpoint = open_folder(str(DEMO_FOLDER / "model"))
     assert checkpoint.config == {k: v for k, v in train.CONFIG.items()}
     parameters = sum(int(np.prod(t.shape)) for t in checkpoint.tensors.values())
     assert parameters <= 6_000_000
-    assert sum(f.stat().st_size for f in checkpoint.folder.iterdir()) <= 12 * 2**20
+    assert sum(f.stat().st_size for f in checkpoint.path.iterdir()) <= 12 * 2**20
 
 
 def test_it_recalls_its_facts_in_every_phrasing_and_accepts_any_text():
@@ -62,5 +62,5 @@ def test_training_from_scratch_runs(tmp_path, monkeypatch, capsys):
     train.main(["--out", str(tmp_path / "model"), "--steps", "4"])
     said = capsys.readouterr().out
     assert "step 4/4" in said and "facts recalled" in said
-    checkpoint = open_checkpoint(str(tmp_path / "model"))
+    checkpoint = open_folder(str(tmp_path / "model"))
     assert checkpoint.spec.n_layers == 2

@@ -70,7 +70,7 @@ class World:
 def world(torch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     model = make_family("llama", folder, num_hidden_layers=LAYERS)
-    checkpoint = hf_folder.open_checkpoint(str(folder))
+    checkpoint = hf_folder.open_folder(str(folder))
     mesh = make_mesh({"data": 1, "model": 1}, jax.devices()[:1])
     rng = np.random.default_rng(0)
     parts = [rng.integers(0, 96, rng.integers(6, 15)) for _ in range(EXAMPLES)]

@@ -27,7 +27,7 @@ from locft_jax.editing.run import choose_site, encode_requests
 from locft_jax.errors import UserError, one_screen
 from locft_jax.evaluation.scoring import stop_tables
 from locft_jax.io.delta import check_delta, load_delta, make_delta, save_delta
-from locft_jax.io.hf_folder import DTYPES, open_checkpoint, read_tensor
+from locft_jax.io.hf_folder import DTYPES, open_folder, read_tensor
 from locft_jax.io.hf_load import load_tokenizer
 from locft_jax.model.model import with_eos
 from locft_jax.model.spec import ModelSpec
@@ -57,7 +57,7 @@ class Place(NamedTuple):
 def make_place(folder: Path, write_model: Callable[..., Path], tokenizer_folder: Path) -> Place:
     """`write_model` as in conftest.py; the tokenizer: a byte-level one that can encode anything."""
     model = write_model(folder / "model", **SIZES)
-    checkpoint = open_checkpoint(str(model))
+    checkpoint = open_folder(str(model))
     new = {n: read_tensor(checkpoint, n) + 1 for n in ("model.norm.weight", "lm_head.weight")}
     save_delta(make_delta(checkpoint, new, {"config": {}, "edits": 2}), folder / "delta.safetensors")
     framed = byte_level([("s", "Ġ")])
@@ -419,7 +419,7 @@ def check_model(place: Place, files: Any) -> bool:
     model.mkdir()
     for name, raw in files.items():
         (model / name).write_bytes(raw)
-    checkpoint = attempt(open_checkpoint, str(model))
+    checkpoint = attempt(open_folder, str(model))
     if checkpoint is None:
         return False
     for row in weight_table(checkpoint.spec).values():
@@ -475,7 +475,7 @@ def check_delta_file(place: Place, raw: Any) -> bool:
     assert delta.new and set(delta.new) == set(delta.base)
     for name, value in delta.new.items():
         assert value.shape == delta.base[name].shape and value.dtype in map(np.dtype, DTYPES.values())
-    attempt(check_delta, open_checkpoint(str(place.model)), delta)
+    attempt(check_delta, open_folder(str(place.model)), delta)
     save_delta(delta, path)
     again = load_delta(path)
     assert again.metadata == delta.metadata
@@ -487,7 +487,7 @@ def check_tokenizer(place: Place, files: Any) -> bool:
     """The tokenizer of a model folder, and texts that it reads."""
     for name, raw in files.items():
         (place.model / name).write_bytes(raw)
-    checkpoint = open_checkpoint(str(place.model))
+    checkpoint = open_folder(str(place.model))
     tokenizer = attempt(load_tokenizer, checkpoint)
     if tokenizer is None:
         return False

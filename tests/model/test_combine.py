@@ -19,7 +19,7 @@ NORM = "model.layers.2.input_layernorm.weight"
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def checkpoint(request, tiny_model_dir, make_variant, tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / request.param
-    return hf_folder.open_checkpoint(str(make_variant(tiny_model_dir, folder, request.param, files=3)))
+    return hf_folder.open_folder(str(make_variant(tiny_model_dir, folder, request.param, files=3)))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_the_same_tensor_gets_the_sum_of_the_changes(edit, checkpoint, tmp_path)
 def test_deltas_of_different_bases_are_not_merged(edit, checkpoint, tmp_path):
     one = edit(1, DOWN, UP)
     hf_save.save_hf(checkpoint, one.new, tmp_path / "edited")
-    later = edit(2, DOWN, UP, of=hf_folder.open_checkpoint(str(tmp_path / "edited")))
+    later = edit(2, DOWN, UP, of=hf_folder.open_folder(str(tmp_path / "edited")))
     message = refused(merge_deltas, [one, later])
     assert message.startswith("merge: delta 2 was made on another base")
     assert f"\n  {DOWN} had other values\n  {UP} had other values" in message
@@ -90,7 +90,7 @@ def test_deltas_of_different_bases_are_not_merged(edit, checkpoint, tmp_path):
 
 
 def test_a_sum_beyond_the_range_of_its_dtype_is_refused(tiny_model_dir, make_variant, tmp_path):
-    half = hf_folder.open_checkpoint(str(make_variant(tiny_model_dir, tmp_path / "half", "float16")))
+    half = hf_folder.open_folder(str(make_variant(tiny_model_dir, tmp_path / "half", "float16")))
     large = make_delta(half, {NORM: np.full(32, 60_000, np.float16)}, {})
     assert f"{NORM} would hold NaN or infinity" in refused(merge_deltas, [large, large])
 
@@ -98,12 +98,12 @@ def test_a_sum_beyond_the_range_of_its_dtype_is_refused(tiny_model_dir, make_var
 def test_composing_gives_the_delta_between_the_base_and_the_model_edited_twice(edit, checkpoint, tmp_path):
     first = edit(1, DOWN, NORM, edits=5, data_sha256="a")
     hf_save.save_hf(checkpoint, first.new, tmp_path / "once")
-    once = hf_folder.open_checkpoint(str(tmp_path / "once"))
+    once = hf_folder.open_folder(str(tmp_path / "once"))
     second = edit(2, UP, DOWN, of=once, edits=7, data_sha256="b")
     hf_save.save_hf(once, second.new, tmp_path / "twice")
 
     composed = compose_deltas(first, second)
-    found = diff_delta(checkpoint, hf_folder.open_checkpoint(str(tmp_path / "twice")))
+    found = diff_delta(checkpoint, hf_folder.open_folder(str(tmp_path / "twice")))
     told = {**composed.metadata, "made_by": "diff"}
     kept = {k: v for k, v in told.items() if k not in ("parents", "edits")}
     assert saved(Delta(composed.new, composed.base, kept), tmp_path) == saved(found, tmp_path)

@@ -20,7 +20,7 @@ ONE = {"data": 1, "model": 1}
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_model_dir):
-    return hf_folder.open_checkpoint(str(tiny_model_dir))
+    return hf_folder.open_folder(str(tiny_model_dir))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def other(tiny_model_dir, tmp_path):
         tensors = load_file(folder / "model.safetensors")
         change(tensors)
         save_file(tensors, folder / "model.safetensors")
-        return hf_folder.open_checkpoint(str(folder))
+        return hf_folder.open_folder(str(folder))
 
     return make
 
@@ -88,7 +88,8 @@ def test_a_delta_holds_new_and_base_tensors_and_where_it_comes_from(delta, check
 
 
 def test_the_checkpoints_dtype_is_kept(tiny_model_dir, make_variant, tmp_path, new):
-    checkpoint = hf_folder.open_checkpoint(str(make_variant(tiny_model_dir, tmp_path / "bf16", "bfloat16", files=3)))
+    folder = make_variant(tiny_model_dir, tmp_path / "bf16", "bfloat16", files=3)
+    checkpoint = hf_folder.open_folder(str(folder))
     delta = make_delta(checkpoint, hf_save.to_checkpoint_dtype(checkpoint, new), {})
     save_delta(delta, tmp_path / "d.safetensors")
     again = load_delta(tmp_path / "d.safetensors")
@@ -311,10 +312,10 @@ def test_diff_finds_what_differs_and_nothing_else(delta, checkpoint, other, tmp_
 
 def test_diff_of_other_files_of_the_same_model(tiny_model_dir, make_variant, tmp_path, delta, checkpoint):
     """Tensors are compared, not files."""
-    dealt = hf_folder.open_checkpoint(str(make_variant(tiny_model_dir, tmp_path / "dealt", files=3)))
+    dealt = hf_folder.open_folder(str(make_variant(tiny_model_dir, tmp_path / "dealt", files=3)))
     assert "no delta" in refused(diff_delta, checkpoint, dealt)
     hf_save.save_hf(dealt, delta.new, tmp_path / "edited")
-    found = diff_delta(checkpoint, hf_folder.open_checkpoint(str(tmp_path / "edited")))
+    found = diff_delta(checkpoint, hf_folder.open_folder(str(tmp_path / "edited")))
     assert found.metadata["fingerprint"] == delta.metadata["fingerprint"]
     assert {n: a.tobytes() for n, a in found.new.items()} == {n: a.tobytes() for n, a in delta.new.items()}
 
@@ -324,7 +325,7 @@ def test_diff_of_what_are_not_two_states_of_one_model(
 ):
     message = refused(diff_delta, checkpoint, other(lambda tensors: tensors.update(extra=np.zeros(1))))
     assert "extra should not be there" in message
-    half = hf_folder.open_checkpoint(str(make_variant(tiny_model_dir, tmp_path / "half", "float16")))
+    half = hf_folder.open_folder(str(make_variant(tiny_model_dir, tmp_path / "half", "float16")))
     with pytest.raises(UserError, match=r"are not those of .*\n  lm_head.weight is F16 \[320, 32\], not F32"):
         diff_delta(checkpoint, half)
 
@@ -336,6 +337,6 @@ def test_diff_compares_tensors_of_any_dtype_but_saves_only_those_of_a_model(tiny
         tensors = load_file(folders[-1] / "model.safetensors")
         tensors["model.norm.weight"] = tensors["model.norm.weight"] + (name != "base")
         save_file(tensors | {"ids": np.arange(0, 8 * step, step)}, folders[-1] / "model.safetensors")
-    base, same, changed = (hf_folder.open_checkpoint(str(f)) for f in folders)
+    base, same, changed = (hf_folder.open_folder(str(f)) for f in folders)
     assert set(diff_delta(base, same).new) == {"model.norm.weight"}
     assert "ids has dtype I64" in refused(diff_delta, base, changed)

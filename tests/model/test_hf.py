@@ -55,7 +55,7 @@ def rewrite(folder: Path, change) -> None:
 @pytest.mark.parametrize("files", [1, 3])
 def test_every_tensor_loads_as_it_is_stored(tiny_model_dir, make_variant, tmp_path, dtype, files):
     folder = make_variant(tiny_model_dir, tmp_path / "model", dtype, files)
-    checkpoint = hf_folder.open_checkpoint(str(folder))
+    checkpoint = hf_folder.open_folder(str(folder))
     weights = hf_load.load_weights(checkpoint, make_mesh(ONE, jax.devices()[:1]))
     stored = {n: a for f in folder.glob("*.safetensors") for n, a in load_file(f).items()}
     names = [n for row in weight_table(checkpoint.spec).values() for n in row.names()]
@@ -70,7 +70,7 @@ def test_every_tensor_loads_as_it_is_stored(tiny_model_dir, make_variant, tmp_pa
 def test_files_without_the_usual_name_are_found(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model-1.safetensors")
     assert hf_folder.weight_files(folder) == ["pytorch_model-1.safetensors"]
-    assert len(hf_folder.open_checkpoint(str(folder)).tensors) == 30
+    assert len(hf_folder.open_folder(str(folder)).tensors) == 30
 
 
 def test_load_model_converts_and_shards_on_request(tiny_model_dir):
@@ -85,7 +85,7 @@ def test_load_model_converts_and_shards_on_request(tiny_model_dir):
 
 def test_all_ids_that_end_an_answer_count(folder):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 0]}))
-    checkpoint = hf_folder.open_checkpoint(str(folder))
+    checkpoint = hf_folder.open_folder(str(folder))
     assert model.with_eos(checkpoint, hf_load.load_tokenizer(checkpoint)) == (0, 5)
 
 
@@ -124,7 +124,7 @@ def test_a_long_list_is_cut(folder, no_weights):
 def test_tensors_beyond_the_architecture_are_kept_but_not_needed(folder, tmp_path):
     odd = {"scalar": np.array(3.0), "none": np.zeros((0, 3), np.float32)}
     rewrite(folder, lambda tensors: tensors.update(extra=np.arange(5), **odd))
-    checkpoint = hf_folder.open_checkpoint(str(folder))
+    checkpoint = hf_folder.open_folder(str(folder))
     assert checkpoint.nbytes(["extra", *odd]) == 48 and len(base_digest(checkpoint, [DOWN])) == 64
     hf_load.load_weights(checkpoint)
     hf_save.save_hf(checkpoint, {DOWN: np.ones((32, 64), np.float32)}, tmp_path / "out")
@@ -213,7 +213,7 @@ def test_a_hub_id_is_fetched_without_pickles(folder, monkeypatch):
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert hf_folder.open_checkpoint("owner/tiny").name == "tiny"
+    assert hf_folder.open_folder("owner/tiny").name == "tiny"
     assert asked["name"] == "owner/tiny"
     assert not any(p in ("*", "*.bin", "*.pt", "*.py") for p in asked["patterns"])
 
@@ -243,7 +243,7 @@ def test_round_trip_keeps_every_byte_that_was_not_edited(
 ):
     folder = make_variant(tiny_model_dir, tmp_path / "model", dtype, files)
     (folder / "notes").mkdir()  # only files belong to a model
-    checkpoint = hf_folder.open_checkpoint(str(folder))
+    checkpoint = hf_folder.open_folder(str(folder))
     edited = edited_tensors(checkpoint)
     out = tmp_path / "out"
     hf_save.save_hf(checkpoint, edited, out)
@@ -253,7 +253,7 @@ def test_round_trip_keeps_every_byte_that_was_not_edited(
     rewritten = {checkpoint.tensors[name].file for name in edited}
     assert len(rewritten) == min(files, 2)
     assert {name for name in before if before[name] != after[name]} == rewritten
-    again = hf_folder.open_checkpoint(str(out))
+    again = hf_folder.open_folder(str(out))
     assert again.tensors == checkpoint.tensors  # names, files, shapes, dtypes
     for name in checkpoint.tensors:
         got, base = hf_folder.read_tensor(again, name), hf_folder.read_tensor(checkpoint, name)
@@ -276,14 +276,14 @@ def test_the_header_stays_as_its_writer_made_it(folder, tmp_path):
     path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
 
     value = np.full((32, 64), 7, np.float32)
-    hf_save.save_hf(hf_folder.open_checkpoint(str(folder)), {DOWN: value}, tmp_path / "out")
+    hf_save.save_hf(hf_folder.open_folder(str(folder)), {DOWN: value}, tmp_path / "out")
     begin, end = (8 + len(text) + at for at in header[DOWN]["data_offsets"])
     before, after = path.read_bytes(), (tmp_path / "out" / path.name).read_bytes()
     assert after == before[:begin] + value.tobytes() + before[end:]
 
 
 def test_tensors_of_another_shape_or_dtype_are_not_written(tiny_model_dir, tmp_path):
-    checkpoint = hf_folder.open_checkpoint(str(tiny_model_dir))
+    checkpoint = hf_folder.open_folder(str(tiny_model_dir))
     for value in (np.zeros((64, 32), np.float32), np.zeros((32, 64), np.float16)):
         with pytest.raises(ValueError, match="down_proj"):
             hf_save.save_hf(checkpoint, {DOWN: value}, tmp_path / "out")
@@ -291,7 +291,7 @@ def test_tensors_of_another_shape_or_dtype_are_not_written(tiny_model_dir, tmp_p
 
 
 def test_saving_unchanged_tensors_gives_the_same_values_everywhere(tiny_model_dir, tmp_path):
-    checkpoint = hf_folder.open_checkpoint(str(tiny_model_dir))
+    checkpoint = hf_folder.open_folder(str(tiny_model_dir))
     weights = hf_load.load_weights(checkpoint, make_mesh({"data": 1, "model": 8}))  # gathered from 8 devices
     everything = {n: take_tensor(Params(checkpoint.spec, weights), n) for n in checkpoint.tensors}
     hf_save.save_hf(checkpoint, hf_save.to_checkpoint_dtype(checkpoint, everything), tmp_path / "out")
@@ -299,7 +299,7 @@ def test_saving_unchanged_tensors_gives_the_same_values_everywhere(tiny_model_di
 
 
 def test_edited_tensors_of_any_memory_order_are_written_right(tiny_model_dir, tmp_path):
-    checkpoint = hf_folder.open_checkpoint(str(tiny_model_dir))
+    checkpoint = hf_folder.open_folder(str(tiny_model_dir))
     value = np.arange(64 * 32, dtype=np.float32).reshape(64, 32).T
     hf_save.save_hf(checkpoint, {DOWN: value}, tmp_path / "out")
     np.testing.assert_array_equal(load_file(tmp_path / "out" / "model.safetensors")[DOWN], value)
@@ -311,14 +311,14 @@ def test_linked_files_are_copied_as_files(tiny_model_dir, tmp_path):
     folder.mkdir()
     for path in tiny_model_dir.iterdir():
         (folder / path.name).symlink_to(path)
-    checkpoint = hf_folder.open_checkpoint(str(folder))
+    checkpoint = hf_folder.open_folder(str(folder))
     hf_save.save_hf(checkpoint, {NORM: np.ones(32, np.float32)}, tmp_path / "out")
     assert not any(p.is_symlink() for p in (tmp_path / "out").iterdir())
     assert (tmp_path / "out" / "config.json").read_bytes() == (tiny_model_dir / "config.json").read_bytes()
 
 
 def test_nothing_is_left_behind_when_saving_fails_half_way(tiny_model_dir, tmp_path, monkeypatch):
-    checkpoint = hf_folder.open_checkpoint(str(tiny_model_dir))
+    checkpoint = hf_folder.open_folder(str(tiny_model_dir))
     before = contents(tiny_model_dir)
 
     def full(descriptor):
@@ -362,4 +362,4 @@ def test_the_exported_folder_loads_in_transformers_with_our_logits(tiny_model_di
     text = "The capital of Oredal is"
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert loaded(text)["input_ids"] == model.tokenizer(text)["input_ids"]
-    assert fingerprint(model.folder, {}) == fingerprint(hf_folder.open_checkpoint(str(tmp_path / "hf")), {})
+    assert fingerprint(model.folder, {}) == fingerprint(hf_folder.open_folder(str(tmp_path / "hf")), {})

@@ -46,7 +46,7 @@ def test_int8_is_a_byte_a_weight_and_a_scale_a_row(llama):
 
 
 def test_what_is_counted_is_what_is_loaded(tiny_model_dir):
-    checkpoint = hf_folder.open_checkpoint(str(tiny_model_dir))
+    checkpoint = hf_folder.open_folder(str(tiny_model_dir))
     mesh = make_mesh({"data": 2, "model": 4})
     weights = hf_load.load_weights(checkpoint, mesh)
     shards = [a.addressable_shards[0].data.nbytes for a in weights.values()]

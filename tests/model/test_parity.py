@@ -30,7 +30,7 @@ forward = jax.jit(decoder.logits)
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def family(request, torch, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    return make_family(request.param, folder), hf_folder.open_checkpoint(str(folder))
+    return make_family(request.param, folder), hf_folder.open_folder(str(folder))
 
 
 def test_logits_equal_transformers_on_one_and_eight_devices(family, torch):
@@ -85,7 +85,7 @@ def test_bfloat16_stays_near_float32(family, torch):
 
 def test_unsharded_where_the_mesh_does_not_divide(torch, tmp_path):
     make_family("llama", tmp_path)
-    spec = hf_folder.open_checkpoint(str(tmp_path)).spec
+    spec = hf_folder.open_folder(str(tmp_path)).spec
     mesh = make_mesh({"data": 1, "model": 8})
     specs = {k: tensor_spec(mesh, spec, row) for k, row in weight_table(spec).items()}
     assert specs["gate"] == jax.sharding.PartitionSpec(None, "model")  # 48 / 8

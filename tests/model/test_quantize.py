@@ -38,7 +38,7 @@ def mesh_of(sizes):
 
 def load(folder, sizes=ONE):
     """(checkpoint, int8 weights in the checkpoint's dtype)."""
-    checkpoint = hf_folder.open_checkpoint(str(folder))
+    checkpoint = hf_folder.open_folder(str(folder))
     return checkpoint, hf_load.load_weights(checkpoint, mesh_of(sizes), int8=True)
 
 
@@ -166,7 +166,7 @@ def test_loading_never_holds_a_float_copy(make_model, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(hf_folder, "BLOCK", 2**12)
     for sizes in (ONE, MESHES[0]):
-        checkpoint, mesh = hf_folder.open_checkpoint(str(folder)), mesh_of(sizes)
+        checkpoint, mesh = hf_folder.open_folder(str(folder)), mesh_of(sizes)
         tracemalloc.start()
         weights = hf_load.load_weights(checkpoint, mesh, int8=True)
         peak = tracemalloc.get_traced_memory()[1]

@@ -74,7 +74,7 @@ def test_a_cpu_device_takes_the_weights_as_they_were_read(tiny_model_dir, monkey
     empty = reading.empty
     monkeypatch.setattr(reading, "empty", lambda *a: made.append(empty(*a)) or made[-1])
     weights = hf_load.load_weights(
-        hf_folder.open_checkpoint(str(tiny_model_dir)), make_mesh({"data": 1, "model": 1}, jax.devices()[:1])
+        hf_folder.open_folder(str(tiny_model_dir)), make_mesh({"data": 1, "model": 1}, jax.devices()[:1])
     )
     places = {array.ctypes.data for array in made}
     assert all(a.addressable_data(0).unsafe_buffer_pointer() in places for a in weights.values())
@@ -84,8 +84,9 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 import jax
-from locft_jax.export import save_orbax
-from locft_jax.model.hf import load_opened, open_checkpoint
+from locft_jax.io.orbax_export import save_orbax
+from locft_jax.io.hf_folder import open_folder
+from locft_jax.io.hf_load import load_opened
 from locft_jax.model.sharding import make_mesh
 
 
@@ -95,7 +96,7 @@ def peak():  # of this process: getrusage's is also that of the one that started
 
 folder = Path(sys.argv[1])
 mesh = make_mesh({"data": 1, "model": 1})
-checkpoint = open_checkpoint(str(folder))
+checkpoint = open_folder(str(folder))
 jax.block_until_ready(jax.numpy.zeros(3))
 begin = peak()
 save_orbax(checkpoint, {}, folder.parent / "orbax")

@@ -15,7 +15,7 @@ from locft_jax.editing.regularizers.preconditioner import check_preserve
 from locft_jax.editing.run import choose_site, encode_requests
 from locft_jax.editing.site import first_layer
 from locft_jax.errors import UserError
-from locft_jax.io.hf_folder import open_checkpoint
+from locft_jax.io.hf_folder import open_folder
 from locft_jax.io.hf_load import load_tokenizer
 from locft_jax.model.spec import ModelSpec, parse_spec, read_config
 
@@ -60,7 +60,7 @@ def make_case(config: Config, model_config: Path | None = None) -> tuple[Case, l
     site = choose_site(spec, config)
     check_preserve(spec, site, config)
     folder = path if path.is_dir() and any(path.glob("*.safetensors")) else None
-    stored = open_checkpoint(str(folder)).dtype if folder else _stored_dtype(values)
+    stored = open_folder(str(folder)).dtype if folder else _stored_dtype(values)
     given = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
     dtype = np.dtype(given.get(config.weights, stored))
     edits, notes, corpus = config.num_edits or EDITS, [], None
@@ -68,7 +68,7 @@ def make_case(config: Config, model_config: Path | None = None) -> tuple[Case, l
         requests = read_requests(config.data_path, config.num_edits, config.on_conflict).requests
         edits = len(requests)
         if folder:
-            tokenizer = load_tokenizer(open_checkpoint(str(folder)))
+            tokenizer = load_tokenizer(open_folder(str(folder)))
             corpus = encode_requests(tokenizer, requests[:SAMPLE], config, spec)
     if corpus is None:
         corpus = assumed_corpus(min(edits, SAMPLE))
