@@ -111,7 +111,7 @@ def run(
         "seconds": report["seconds"],
         "edit_seconds_per_1000": 1000 * report["seconds_per_edit"],
         "tokens_per_second": report["tokens_per_second"],
-        "prefix_cache": report["prefix_cache"],
+        "prefix_cache": report["activation_cache"],
         "peak_host_gib": usage.ru_maxrss * unit / 2**30,
         "peak_device_gib": None if device is None else device / 2**30,
         "reliability": report["after"]["reliability"],

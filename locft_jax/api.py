@@ -40,7 +40,7 @@ from locft_jax.model.weights import take_tensor
 from locft_jax.versions import versions
 
 # Keys that say nothing about the tensors of a delta: the same edit is the same bytes whatever they are.
-UNTOLD = ("save_model_dir", "device", "memory_budget", "checkpoint_every", "export")
+UNTOLD = ("output_dir", "device", "memory_budget", "checkpoint_every", "export")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def edit(
             before, seconds["before"] = Answers(**kept["answers"]), kept["seconds"]
         else:
             layer, beside = first_layer(model.spec, site), len(corpus.tokens)
-            cache = probe_cache(model, asked, layer, config.prefix_cache, beside, agreed_budgets(config))
+            cache = probe_cache(model, asked, layer, config.activation_cache, beside, agreed_budgets(config))
             before = _ask(unedited, asked, None, config, "before", seconds, show, cache)
             if checkpoints is not None:
                 kept = {"answers": dataclasses.asdict(before), "seconds": seconds["before"]}
@@ -115,7 +115,7 @@ def edit(
         if checkpoints is not None:
             dynamics.lines, dynamics.keep = checkpoints.kept_dynamics() or [], checkpoints.keep_dynamics
     per_epoch = -(-corpus.edits // config.batch_size)
-    with Bar("editing", per_epoch * config.num_steps, show) as bar:
+    with Bar("editing", per_epoch * config.num_epochs, show) as bar:
         what = "epoch" if config.pipeline == "breadth" else "mini-batch"
         hooks = [Progress(bar, corpus.edits / per_epoch, what)]
         task = EditTask(tuple(site), corpus, retained, start)
@@ -256,7 +256,7 @@ def _report(
         "devices": [f"{d.platform} {d.device_kind}" for d in model.mesh.devices.flat],
         "mesh": dict(model.mesh.shape),
         "dtype": "int8" if model.int8 else str(model.dtype),
-        "prefix_cache": done.activation_cache,
+        "activation_cache": done.activation_cache,
         "evaluation_differs": None,
         "seed": config.seed,
         "versions": versions(),

@@ -23,9 +23,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a config: byte {error.start} is not UTF-8 text") from None
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot read the config: {error.strerror}; give the path of a YAML file"
-        ) from None
+        wrong = f"{path}: cannot read the config: {error.strerror}; give the path of a YAML file"
+        raise UserError(wrong) from None
     if len(raw) > _LONGEST:
         raise UserError(f"{path}: too large for a config; is it a data file (`data_path`)?")
     values = _parse(text, str(path))
@@ -40,9 +39,9 @@ def split_override(text: str) -> tuple[str, Any]:
     """`key=value` -> (key, value). Raises UserError for anything else."""
     key, equals, value = (part.strip() for part in text.partition("="))
     if not (key and equals):
-        raise UserError(f"--set {shown(text)}: expected key=value, for example lr=5e-4")
+        raise UserError(f"{shown(text)}: expected key=value, for example learning_rate=5e-4")
     # Only lists, mappings and quotes are YAML: a path may hold `#`, `: ` or `&`.
-    return key, _parse(value, f"--set {key}") if value[:1] in tuple("[{\"'") else value
+    return key, _parse(value, key) if value[:1] in tuple("[{\"'") else value
 
 
 def is_null(value: Any) -> bool:

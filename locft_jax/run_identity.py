@@ -9,7 +9,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from locft_jax.config import Config, config_to_dict
+from locft_jax.config import ALIASES, Config, canonical, config_to_dict
 from locft_jax.data.capability import CapabilityItem
 from locft_jax.data.records import digest
 from locft_jax.data.requests import EditData
@@ -24,7 +24,7 @@ from locft_jax.logs import say
 from locft_jax.versions import versions
 
 # Keys that change nothing in a run's result: what they were may differ when a run goes on.
-FREE_KEYS = ("model_name_or_path", "data_path", "save_model_dir", "capability_data", "device",
+FREE_KEYS = ("model_name_or_path", "data_path", "output_dir", "capability_data", "device",
              "memory_budget", "checkpoint_every", "export")  # fmt: skip
 
 
@@ -81,13 +81,14 @@ def finished(out: Path, run: Mapping[str, Any], store: Remote | None = None) -> 
     if not isinstance(report, dict) or saved_something(out / "checkpoint"):
         return False
     found = {**report.get("config", {}), "data_sha256": report.get("data_sha256")}
-    check_same({k: v for k, v in found.items() if k in run and k != "mesh"}, run, store or out)
+    found = {k: v for k, v in found.items() if ALIASES.get(k, k) in run and k != "mesh"}
+    check_same(found, run, store or out)
     return True
 
 
 def check_same(found: Mapping[str, Any], run: Mapping[str, Any], where: Path | Remote) -> None:
     """Raise UserError naming what differs between the run that was `found` and this one."""
-    run = json.loads(json.dumps(run))
+    run, found = json.loads(json.dumps(run)), canonical(found, str(where))  # 0.1 wrote aliases
     differ = [
         f"{key}: {json.dumps(value)[:80]} there, {json.dumps(run.get(key))[:80]} here"
         for key, value in sorted(found.items())

@@ -34,7 +34,8 @@ def test_the_card_says_what_was_edited_how_and_how_well(edit_run, report, delta,
     assert rows["parameters in them"] == ["6,144"] and rows["edits"][0].startswith("12 (sha256")
     assert "`ft-m`, pipeline `breadth`" in rows["method"][0]
     assert all(
-        f"`{said}`" in rows["settings"][0] for said in ("lr=0.01", "layer=2", "batch_size=5", "seed=0")
+        f"`{said}`" in rows["settings"][0]
+        for said in ("learning_rate=0.01", "layer=2", "batch_size=5", "seed=0")
     )
     for key in ("reliability", "generalization", "locality", "capability"):
         (got,) = (row for name, row in rows.items() if name.startswith(f"{key}:"))

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from locft_jax import config as config_module
 from locft_jax.config import (
-    _RULES,
+    ALIASES,
     DEMO_FOLDER,
+    KEYS,
     Config,
     config_from_dict,
     config_to_dict,
+    key_table,
     load_config,
     resolve_layers,
 )
@@ -44,13 +46,37 @@ def message(call, *args) -> str:
 # ---------------------------------------------------------------- defaults and conversion
 
 
-def test_every_field_is_a_key_with_a_rule():
-    assert {f.name for f in dataclasses.fields(Config)} == set(_RULES) | {"source"}
+def test_every_field_is_a_key_with_a_rule_and_a_line_of_the_table():
+    assert {f.name for f in dataclasses.fields(Config)} == set(KEYS) | {"source"}
+    rows = key_table().splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == list(KEYS)
+    assert all(row.count("|") == 4 and row.startswith("| `") for row in rows)
+    assert "| `learning_rate` (alias `lr`) | `0.0005` |" in key_table()
+
+
+@pytest.mark.parametrize(("alias", "name"), ALIASES.items())
+def test_a_key_may_be_given_by_its_alias(tmp_path, alias, name):
+    value = {"model": "m", "output_dir": "o"}.get(
+        alias, {"num_epochs": 3, "learning_rate": 0.5}.get(name, "off")
+    )
+    given = "" if alias == "model" else "model: m\n"
+    for c in (
+        Config(**{alias: value}),
+        dataclasses.replace(Config(), **{alias: value}),
+        read(tmp_path, f"{given}{alias}: {value}\n"),
+        load_config(None, ["model=m", f"{alias}={value}"]),
+        config_from_dict({alias: value}, "report.json"),
+        load_config(None, ["model=m", f"{name}={value}"], {alias: "of an earlier run"}),
+    ):
+        assert getattr(c, name) == value and config_to_dict(c)[name] == value
+    assert not hasattr(Config(), alias)
+    text = message(read, tmp_path, f"{alias}: {value}\n{name}: {value}\n")
+    assert f"`{alias}` and `{name}` are one key" in text
 
 
 def test_defaults_are_the_references():
     c = load_config(None, [MODEL])
-    assert (c.lr, c.batch_size, c.num_steps, c.weight_decay) == (5e-4, 100, 25, 0.0)
+    assert (c.learning_rate, c.batch_size, c.num_epochs, c.weight_decay) == (5e-4, 100, 25, 0.0)
     assert (c.loss_floor, c.loss_average, c.append_eos, c.chat_template) == (
         1e-2,
         "example",
@@ -70,14 +96,14 @@ def test_defaults_are_the_references():
         ("hf", "delta", "orbax"),
     )
     assert c.norm_constraint is None
-    assert (c.num_edits, c.save_model_dir, c.eval_sample, c.memory_budget) == (None,) * 4
+    assert (c.num_edits, c.output_dir, c.eval_sample, c.memory_budget) == (None,) * 4
 
 
 @pytest.mark.parametrize(
     ("setting", "key", "value"),
     [
-        ("lr=5e-4", "lr", 5e-4),
-        ("lr=1", "lr", 1.0),
+        ("lr=5e-4", "learning_rate", 5e-4),
+        ("learning_rate=1", "learning_rate", 1.0),
         ("num_edits=50", "num_edits", 50),
         ("num_edits=null", "num_edits", None),
         ("num_edits=", "num_edits", None),
@@ -89,7 +115,7 @@ def test_defaults_are_the_references():
         ("evaluate=false", "evaluate", False),
         ("evaluate=No", "evaluate", False),
         ("append_eos=true", "append_eos", True),
-        ("prefix_cache=off", "prefix_cache", "off"),
+        ("prefix_cache=off", "activation_cache", "off"),
         ("memory_budget=0.5", "memory_budget", 0.5),
         ("seed=4294967295", "seed", 2**32 - 1),
         ("export=[delta]", "export", ("delta",)),
@@ -120,7 +146,7 @@ def test_values_are_converted_by_the_keys_type(tmp_path, setting, key, value):
 
 def test_a_file_is_overridden_by_set_and_the_last_one_wins(tmp_path):
     c = read(tmp_path, "model_name_or_path: m\nlr: 5e-4\nlayer: [1, 2]\n", "lr=1e-3", "lr=2e-3")
-    assert (c.lr, c.layer) == (2e-3, (1, 2))
+    assert (c.learning_rate, c.layer) == (2e-3, (1, 2))
 
 
 def test_lists_of_templates_are_read_when_quoted_and_the_message_says_so():
@@ -138,12 +164,12 @@ def test_python_values_are_checked_too():
     assert Config(layer=[3, 1], data_path=Path("a.json"), prefix_cache=False) == Config(
         layer=(3, 1), data_path="a.json", prefix_cache="off"
     )
-    assert "Config: `lr: -1`" in message(lambda: Config(lr=-1))
+    assert "Config: `learning_rate: -1`" in message(lambda: Config(lr=-1))
     assert "num_edits" in message(lambda: Config(num_edits=True))
-    assert "lr: true" in message(lambda: Config(lr=True))
+    assert "learning_rate: true" in message(lambda: Config(lr=True))
     assert "very long" in message(lambda: Config(seed=10**5000))
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Config().lr = 1.0
+        Config().learning_rate = 1.0
     assert hash(Config()) == hash(Config(mesh={"data": 1, "model": -1}))
 
 
@@ -211,7 +237,7 @@ def test_python_values_are_checked_too():
 def test_a_bad_value_names_place_key_value_and_remedy(setting, right):
     text = message(load_config, None, [MODEL, setting])
     key, _, value = setting.partition("=")
-    assert text.startswith(f"--set: `{key}: ") and right in text
+    assert text.startswith(f"command line: `{key}: ") and right in text
     if value.isalnum() and len(value) < 80 and value != "null":
         assert f"`{key}: {value}`" in text
 
@@ -222,14 +248,14 @@ def test_a_bad_value_names_place_key_value_and_remedy(setting, right):
         ("batchsize", "batch_size"),
         ("layers", "layer"),
         ("model_name", "model_name_or_path"),
-        ("learning_rate", "lr"),
-        ("epochs", "num_steps"),
+        ("learningrate", "learning_rate"),
+        ("epochs", "num_epochs"),
         ("wieght_decay", "weight_decay"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one_and_the_place(tmp_path, key, nearest):
     text = message(load_config, None, [MODEL, f"{key}=1"])
-    assert text == f"--set: unknown key `{key}`; the nearest known key is `{nearest}`"
+    assert text == f"command line: unknown key `{key}`; the nearest known key is `{nearest}`"
     text = message(read, tmp_path, f"model_name_or_path: m\n{key}: 1\n")
     assert "run.yaml: unknown key" in text and f"`{nearest}`" in text
     assert "report.json" in message(config_from_dict, {key: 1}, "report.json")
@@ -261,7 +287,7 @@ def test_a_file_that_is_no_config_is_named(tmp_path, text, says):
 def test_a_malformed_file_or_override_is_a_message_of_the_reader(tmp_path):
     text = "lr: 1\n  batch_size: 2\n"
     assert "run.yaml: line 2, column 13: malformed YAML" in message(read, tmp_path, text)
-    assert message(load_config, None, [MODEL, "layer=[1"]).startswith("--set layer: line 1")
+    assert message(load_config, None, [MODEL, "layer=[1"]).startswith("layer: line 1")
     assert "expected key=value" in message(load_config, None, [MODEL, "lr"])
 
 
@@ -273,7 +299,7 @@ def test_hparams_of_the_reference_run_unchanged(tmp_path, capsys):
         'rewrite_module: "model.layers.{}.mlp.down_proj.weight"\n'
         "lr: 5.0e-4\nbatch_size: 100\nnum_steps: 25\nweight_decay: 0\ndevice: 0\n",
     )
-    assert (c.layer, c.lr, c.data_path, c.save_model_dir) == (
+    assert (c.layer, c.learning_rate, c.data_path, c.output_dir) == (
         22,
         5e-4,
         "./data/edits.json",
@@ -307,7 +333,7 @@ def test_the_demo_runs_without_config_and_model(demo):
 
 def test_the_demos_settings_never_leak(demo, tmp_path):
     c = load_config(None, [MODEL])
-    assert (c.lr, c.layer, c.data_path, c.capability_data) == (5e-4, None, None, ())
+    assert (c.learning_rate, c.layer, c.data_path, c.capability_data) == (5e-4, None, None, ())
     assert read(tmp_path, "model_name_or_path: m\n").data_path is None
     # An unset shell variable is a mistake, not a wish for the demo.
     assert "no model" in message(load_config, None, ["model_name_or_path="])
@@ -388,8 +414,8 @@ def test_the_papers_settings():
         "qwen2.5-72b-zsre-100k": (19, down, 5e-4),
     }.items():
         c = settings_of[stem]
-        assert (c.layer, c.rewrite_module, c.lr) == expected
-        assert (c.batch_size, c.num_steps, c.weight_decay) == (100, 25, 0.0)
+        assert (c.layer, c.rewrite_module, c.learning_rate) == expected
+        assert (c.batch_size, c.num_epochs, c.weight_decay) == (100, 25, 0.0)
 
 
 # Published parameter counts: a wrong size anywhere in a file would change its count.
@@ -467,7 +493,7 @@ CONFIG_VALUES = st.fixed_dictionaries(
 def test_a_config_survives_being_written_and_read(values):
     c = config_from_dict(values, "test")
     plain = json.loads(json.dumps(config_to_dict(c)))
-    assert plain == config_to_dict(c) and set(plain) == set(_RULES)
+    assert plain == config_to_dict(c) and set(plain) == set(KEYS)
     assert config_from_dict(plain, "report.json") == c
     assert hash(config_from_dict(plain, "report.json")) == hash(c)
 
@@ -482,7 +508,7 @@ def test_json_is_read_like_yaml(tmp_path_factory, values):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.sampled_from([*_RULES, ": ", "=", "\n", "[", "]", "{", "}", "-", "1", "~"])).map("".join))
+@given(st.lists(st.sampled_from([*KEYS, ": ", "=", "\n", "[", "]", "{", "}", "-", "1", "~"])).map("".join))
 def test_any_text_gives_a_config_or_one_message(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / "config.yaml"
     path.write_text(text)
@@ -501,7 +527,7 @@ PLAIN = st.recursive(
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.dictionaries(st.sampled_from(sorted(_RULES)) | st.text(), PLAIN, max_size=3))
+@given(st.dictionaries(st.sampled_from(sorted(KEYS)) | st.text(), PLAIN, max_size=3))
 def test_any_values_give_a_config_or_one_message(values):
     try:
         c = config_from_dict(values, "test")

@@ -99,7 +99,7 @@ def test_an_override_without_key_or_value_says_what_is_expected(text):
 
 
 def test_a_malformed_override_names_its_key():
-    assert message(split_override, "layer=[1").startswith("--set layer: line 1")
+    assert message(split_override, "layer=[1").startswith("layer: line 1")
     assert "nested too deeply" in message(split_override, "layer=" + "[" * 20_000)
     assert "quotes" in message(split_override, "names=[a.{}.b, a.{}.c]")
     assert split_override('names=["a.{}.b"]') == ("names", ["a.{}.b"])

@@ -108,7 +108,7 @@ def test_edits_that_the_model_carries_stay(model, data):
 def test_preserve_and_the_prefix_cache_on_disk(model, data):
     config = {"layer": 2, "num_steps": 2, "lr": 1e-2, "preserve": "kfac", "preserve_kl": 1, "evaluate": False}
     on_disk, off = (edit(model, data, Config(**config, prefix_cache=mode)) for mode in ("disk", "off"))
-    assert (on_disk.report["prefix_cache"], off.report["prefix_cache"]) == ("disk", "off")
+    assert (on_disk.report["activation_cache"], off.report["activation_cache"]) == ("disk", "off")
     np.testing.assert_allclose(on_disk.delta.new[DOWN], off.delta.new[DOWN], rtol=1e-4, atol=1e-6)
 
 

@@ -186,7 +186,7 @@ def test_a_site_that_fails_is_left_out(arguments, tmp_path, capsys):
         ([], {"evaluate": "false"}, "evaluate: locate measures every site"),
         ([], {"data_path": "null"}, "data_path: no edits given"),
         ([], {"data_path": "missing.json"}, "missing.json"),
-        ([], {"prefix_cache": "device", "memory_budget": "1e-9"}, "prefix_cache: device needs"),
+        ([], {"prefix_cache": "device", "memory_budget": "1e-9"}, "activation_cache: device needs"),
         ([], {"eval_evry": "3"}, "unknown key `eval_evry`"),
     ],
 )

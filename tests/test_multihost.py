@@ -233,7 +233,7 @@ def pair(edit_arguments, folder, tiny_model_dir, edits_file):
 def test_two_processes_are_one_device(pair, folder, reference, axis):
     check_equal(folder / "process-0" / axis, reference(RUNS[axis]))
     report = json.loads((folder / "process-0" / axis / "report.json").read_text())
-    assert len(report["devices"]) == 8 and report["prefix_cache"] == RUNS[axis]["prefix_cache"]
+    assert len(report["devices"]) == 8 and report["activation_cache"] == RUNS[axis]["prefix_cache"]
 
 
 @pytest.mark.parametrize("axis", MESHES)

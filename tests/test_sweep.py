@@ -45,7 +45,7 @@ def test_a_run_is_what_a_plain_edit_gives(run, edit_arguments, tmp_path):
     changes = {"pipeline": "depth", "num_steps": "4", "export": "[delta]"}
     assert run_command(edit, edit_arguments(out, **changes)) == 0
     report, line = json.loads((out / "report.json").read_text()), lines(run)[3]
-    assert line["settings"] == {"pipeline": "depth", "num_steps": 4}
+    assert line["settings"] == {"pipeline": "depth", "num_epochs": 4}
     assert {key: line[key] for key in RATES} == {key: report["after"][key] for key in RATES}
     assert (line["steps"], line["before"]) == (report["steps_run"], report["before"])
     assert line["loss"] == report["epoch_losses"][-1]
@@ -59,7 +59,7 @@ def test_what_a_sweep_leaves(run):
         assert 0.01 < (picture < 0.99).any(axis=-1).mean() < 0.7
     with (run / "sweep.csv").open(newline="") as f:
         rows = list(csv.DictReader(f))
-    assert [(r["pipeline"], r["num_steps"]) for r in rows] == [
+    assert [(r["pipeline"], r["num_epochs"]) for r in rows] == [
         ("breadth", "2"), ("breadth", "4"), ("depth", "2"), ("depth", "4"),
     ]  # fmt: skip
     assert [float(r["locality"]) for r in rows] == [line["locality"] for line in lines(run)]
@@ -94,7 +94,7 @@ def test_a_sweep_that_is_killed_goes_on_and_may_grow(run, arguments, tmp_path, m
 
 def test_resuming_with_other_settings_is_refused(arguments, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    line = {"name": "pipeline=breadth, num_steps=2", "run": "another"}
+    line = {"name": "pipeline=breadth, num_epochs=2", "run": "another"}
     (out / "checkpoint").mkdir(parents=True)
     (out / "checkpoint" / "runs.jsonl").write_text(json.dumps(line) + "\n")
     assert run_command(sweep.main, arguments(out, GRID, "--resume")) == 2

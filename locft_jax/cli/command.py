@@ -10,7 +10,7 @@ from collections.abc import Callable
 from locft_jax import distributed, logs
 from locft_jax.errors import UserError, one_screen, reason
 
-LESS_MEMORY = "a smaller batch_size or row_length, prefix_cache=off or a larger model axis in mesh needs less"
+LESS_MEMORY = "a smaller batch_size or row_length, activation_cache=off or a larger model axis needs less"
 
 
 def run_command(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:

@@ -49,7 +49,7 @@ def carry_out(args: argparse.Namespace) -> None:
     first = distributed.first()  # the process that writes and prints
     earlier = read_earlier(args.continue_from) if args.continue_from else None
     config = load_config(args.config, args.pairs, earlier.settings if earlier else None)
-    out, store = outputs.place_of(args.out or config.save_model_dir or f"runs/{config.name}")
+    out, store = outputs.place_of(args.out or config.output_dir or f"runs/{config.name}")
     console = Console(markup=False, emoji=False, quiet=not first)
 
     # Everything that can be wrong is looked at before any weight is loaded.
@@ -145,7 +145,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("config", nargs="?", help="YAML file; without it and without a model: the demo")
     add("--set", action="append", default=[], nargs="+", metavar="key=value", help="override a key")
-    add("--out", type=place, help="folder or URL (gs://...) for the results (default: save_model_dir, "
+    add("--out", type=place, help="folder or URL (gs://...) for the results (default: output_dir, "
         "else runs/NAME)")  # fmt: skip
     add("--overwrite", action="store_true", help="replace an existing --out when the run is done")
     add("--resume", action="store_true", help="go on with the interrupted run in --out, if there is one")

@@ -54,7 +54,7 @@ def carry_out(args: argparse.Namespace) -> None:
     first = distributed.first()  # the process that writes and prints
     given = load_config(args.config, args.pairs)
     config = sample(given)
-    out = outputs.local_place(args.out or f"{given.save_model_dir or f'runs/{given.name}'}-locate")
+    out = outputs.local_place(args.out or f"{given.output_dir or f'runs/{given.name}'}-locate")
     console = Console(markup=False, emoji=False, quiet=not first)
 
     # Everything that can be wrong is looked at before any weight is loaded.
@@ -159,7 +159,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("config", nargs="?", help="YAML file; without it and without a model: the demo")
     add("--set", action="append", default=[], nargs="+", metavar="key=value", help="override a key; without "
         f"num_edits: {EDITS} edits, without eval_sample: at most {PROBES} probes of a kind")  # fmt: skip
-    add("--out", help="folder for the results (default: save_model_dir or runs/NAME, and -locate)")
+    add("--out", help="folder for the results (default: output_dir or runs/NAME, and -locate)")
     add("--overwrite", action="store_true", help="replace an existing --out when the run is done")
     add("--resume", action="store_true", help="go on with the interrupted run in --out, if there is one")
     add("--modules", nargs="+", metavar="MODULE", help=f"any of {' '.join(MODULES)}, or templates with {{}} "

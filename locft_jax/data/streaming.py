@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from locft_jax.config import canonical
 from locft_jax.data.records import open_records
 from locft_jax.data.requests import EditData, EditRequest, requests_from_records
 from locft_jax.errors import UserError
@@ -45,8 +46,9 @@ class Earlier:
     @property
     def settings(self) -> dict[str, Any]:
         """The run's settings, for a run that adds to it: not its data, and not its place."""
-        own = ("data_path", "num_edits", "save_model_dir")
-        return {k: v for k, v in self.report["config"].items() if k not in own}
+        own = ("data_path", "num_edits", "output_dir")
+        settings = canonical(self.report["config"], f"{self.folder}/report.json")  # version 0.1 wrote aliases
+        return {k: v for k, v in settings.items() if k not in own}
 
     @property
     def curve(self) -> list[list[float | None]]:

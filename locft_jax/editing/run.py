@@ -67,11 +67,11 @@ def schedule_of(config: Config) -> Schedule:
     """The part of a config that the loop reads."""
     return Schedule(
         batch_size=config.batch_size,
-        epochs=config.num_steps,
+        epochs=config.num_epochs,
         seed=config.seed,
         average=config.loss_average,
         row_length=config.row_length,
-        hyper=Hyper(config.lr, config.weight_decay, config.loss_floor, config.norm_constraint),
+        hyper=Hyper(config.learning_rate, config.weight_decay, config.loss_floor, config.norm_constraint),
         pipeline=config.pipeline,
     )
 
@@ -116,7 +116,7 @@ def check_fit(
     spec, itemsize = folder.spec, frozen_dtype(folder, config.weights).itemsize
     layer = first_layer(spec, site)
     cache, split = len(corpus.tokens) * spec.d_model * itemsize, width_split(mesh, spec.d_model)
-    choose_mode(config.prefix_cache, layer, cache, memory_budgets(config.memory_budget), split)
+    choose_mode(config.activation_cache, layer, cache, memory_budgets(config.memory_budget), split)
     step = step_of(corpus, config.batch_size, config.row_length, layer)
     return check_memory(spec, mesh, itemsize, site, step, int8=config.weights == "int8")
 
@@ -179,7 +179,7 @@ def _source(model: Model, base: Any, task: EditTask, config: Config) -> Source:
 
 def cache_mode(model: Model, tokens: int, layer: int, config: Config) -> str:
     """Where the activations of so many tokens that enter `layer` are kept, as `choose_mode` says."""
-    return mode_for(model.params, model.mesh, config.prefix_cache, layer, tokens, agreed_budgets(config))
+    return mode_for(model.params, model.mesh, config.activation_cache, layer, tokens, agreed_budgets(config))
 
 
 def agreed_budgets(config: Config) -> tuple[float, float]:

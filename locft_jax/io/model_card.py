@@ -30,7 +30,7 @@ tags:
 <!-- locft-jax: this file was made by an edit -->
 
 """
-KEYS = ("layer", "rewrite_module", "lr", "batch_size", "num_steps", "loss_average", "loss_floor",
+KEYS = ("layer", "rewrite_module", "learning_rate", "batch_size", "num_epochs", "loss_average", "loss_floor",
         "weight_decay", "norm_constraint", "append_eos", "chat_template", "weights", "preserve",
         "preserve_strength", "preserve_kl", "augment_prefixes", "augment_rephrases", "seed")  # fmt: skip
 SHOWN = 12  # tensors that a card lists

@@ -6,7 +6,8 @@ Rough: what one step computes. Only the certain part is a reason to refuse; the 
 
 import dataclasses
 import math
-import os
+import re
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -182,22 +183,51 @@ def device_memory(mesh: Mesh) -> Room:
 
 
 def host_memory() -> int:
-    """Bytes of host memory that this process may still take: the machine's, or its container's."""
-    free = []
-    for line in _read("/proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            free.append(int(line.split()[1]) * 1024)
-    limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
-    if limit.strip().isdecimal() and used.strip().isdecimal():
-        cache = [line.split()[1] for line in _read("/sys/fs/cgroup/memory.stat").splitlines()
-                 if line.startswith("inactive_file ")]  # fmt: skip
-        free.append(int(limit) - int(used) + sum(map(int, cache)))
+    """Bytes of host memory that this process may still take: of the machine's, and of its container's if
+    these are fewer. Files that are only cached can go."""
+    free = [int(kib) * 1024 for kib in re.findall(r"MemAvailable: +(\d+)", _read("/proc/meminfo"))]
+    free = free or _vm_stat(_output("vm_stat"))
+    groups = [line.split(":", 2)[1:] for line in _read("/proc/self/cgroup").splitlines()]
+    for kinds, path in groups or [["", "/"]]:
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        folder = Path(f"/sys/fs/cgroup/{'memory' if kinds else ''}{path}")
+        # Where the container's own root is mounted its limit is at the top, whatever the path.
+        for group in [folder, *folder.parents[: len(Path(path).parts) - 1]]:
+            free += _cgroup(group, *(_VERSION_1 if kinds else _VERSION_2))
     return min(free, default=2**63)  # unknown: never a reason to refuse
+
+
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_VERSION_2 = ("memory.max", "memory.current", "inactive_file")
+
+
+def _cgroup(group: Path, limit: str, used: str, cached: str) -> list[int]:
+    """What a group of processes may still take, if it has a limit."""
+    most, taken = (_read(str(group / name)).strip() for name in (limit, used))
+    if not (most.isdecimal() and taken.isdecimal()):
+        return []
+    stat = re.search(rf"^{cached} (\d+)$", _read(str(group / "memory.stat")), re.MULTILINE)
+    return [int(most) - int(taken) + (int(stat[1]) if stat else 0)]
+
+
+def _vm_stat(text: str) -> list[int]:
+    """What macOS says is free or can be."""
+    page = re.search(r"page size of (\d+) bytes", text)
+    pages = re.findall(r"Pages (?:free|inactive|speculative): +(\d+)", text)
+    return [int(page[1]) * sum(map(int, pages))] if page else []
 
 
 def _read(path: str) -> str:
     try:
         return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _output(command: str) -> str:
+    try:
+        return subprocess.run([command], capture_output=True, text=True, check=False).stdout
     except OSError:
         return ""
 
@@ -213,7 +243,7 @@ def memory_budgets(stated: float | None) -> tuple[float, float]:
     is free here."""
     if stated is not None:
         return stated * 2**30, stated * 2**30
-    host = 0.8 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    host = 0.8 * host_memory()
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
         return host / len(jax.local_devices()), host  # the devices are the host

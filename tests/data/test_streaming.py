@@ -90,7 +90,7 @@ def test_settings_come_from_the_earlier_run(parts, edit_arguments, tiny_model_di
     more = ["--set", f"data_path={parts / 'two.json'}", "batch_size=4", "--out", str(parts / "second")]
     assert run_command(edit, [*more, "--continue-from", str(parts / "first")]) == 0
     config = json.loads((parts / "second" / "report.json").read_text())["config"]
-    assert (config["model_name_or_path"], config["lr"], config["batch_size"]) == (
+    assert (config["model_name_or_path"], config["learning_rate"], config["batch_size"]) == (
         str(tiny_model_dir),
         0.01,
         4,

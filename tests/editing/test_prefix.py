@@ -65,9 +65,9 @@ def test_mode_follows_from_budgets_and_layer(mode, layer, size, chosen):
 
 @pytest.mark.parametrize(("mode", "budget"), [("device", 1), ("host", 2)])
 def test_a_mode_that_was_asked_for_and_does_not_fit_is_refused(mode, budget):
-    with pytest.raises(UserError, match=f"prefix_cache: {mode} needs 3.00 GiB.* {budget}.00 GiB") as error:
+    with pytest.raises(UserError, match=f"{mode} needs 3.00 GiB.* {budget}.00 GiB") as error:
         choose_mode(mode, 5, 3 * 2**30, 2**30, 2 * 2**30)
-    assert "prefix_cache=auto" in str(error.value) and "memory_budget" in str(error.value)
+    assert "activation_cache=auto" in str(error.value) and "memory_budget" in str(error.value)
 
 
 @pytest.fixture(scope="module")

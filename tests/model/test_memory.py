@@ -103,20 +103,55 @@ def test_what_is_free(monkeypatch):
     assert memory.device_memory(Mesh()) == Room(25, False)
 
 
+V1, V2 = "/sys/fs/cgroup/memory", "/sys/fs/cgroup"
+MACHINE = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   7 kB\n"}
+
+
+def group(folder, most, used, cached=""):
+    names = ("limit_in_bytes", "usage_in_bytes") if folder.startswith(V1) else ("max", "current")
+    files = dict(zip(names, (most, used), strict=True)) | {"stat": f"anon 1\n{cached}\n"}
+    return {f"{folder}/memory.{name}": f"{text}\n" for name, text in files.items()}
+
+
 @pytest.mark.parametrize(
     ("files", "free"),
     [
         ({}, 2**63),
-        ({"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   7 kB\n"}, 7 * 1024),
-        ({"/proc/meminfo": "MemAvailable: 7 kB\n", "max": "max\n", "current": "5\n"}, 7 * 1024),
-        ({"/proc/meminfo": "MemAvailable: 7 kB\n", "max": "900\n", "current": "500\n"}, 400),
-        ({"max": "900\n", "current": "500\n", "stat": "anon 1\ninactive_file 300\n"}, 700),
+        (MACHINE, 7 * 1024),
+        (MACHINE | group(V2, "max", 5), 7 * 1024),
+        (MACHINE | group(V2, 900, 500), 400),
+        (group(V2, 900, 500, "inactive_file 300"), 700),
+        (MACHINE | {"/proc/self/cgroup": "0::/a/b\n"} | group(f"{V2}/a", 900, 500), 400),  # an ancestor's
+        (MACHINE | {"/proc/self/cgroup": "0::/\n"} | group(V2, 900, 500), 400),
+        (MACHINE | {"/proc/self/cgroup": "4:memory:/a\n0::/\n"} | group(f"{V1}/a", 900, 500), 400),
+        (MACHINE | {"/proc/self/cgroup": "4:memory:/docker/1\n"} | group(V1, 900, 500), 400),
+        (MACHINE | {"/proc/self/cgroup": "4:cpu,memory:/a\n"} | group(V1, 2**63 - 4096, 1), 7 * 1024),
+        (MACHINE | {"/proc/self/cgroup": "4:memory:/a\n"}
+         | group(V1, 900, 500, "inactive_file 1\ntotal_inactive_file 30"), 430),
     ],
-)
+)  # fmt: skip
 def test_what_the_host_has(monkeypatch, files, free):
     """Of the machine, and of its container if that is less; files that are only cached can go."""
-    monkeypatch.setattr(memory, "_read", lambda path: files.get(path, files.get(path.split(".")[-1], "")))
+    monkeypatch.setattr(memory, "_read", lambda path: files.get(path, ""))
+    monkeypatch.setattr(memory, "_output", lambda command: "")
     assert memory.host_memory() == free
+
+
+def test_what_a_mac_has(monkeypatch):
+    text = (
+        "Mach Virtual Memory Statistics: (page size of 16384 bytes)\n"
+        "Pages free:                               5.\nPages active:                         1000.\n"
+        "Pages inactive:                          20.\nPages speculative:                     300.\n"
+    )
+    monkeypatch.setattr(memory, "_read", lambda path: "")
+    monkeypatch.setattr(memory, "_output", {"vm_stat": text}.get)
+    assert memory.host_memory() == 325 * 16384
+
+
+def test_the_caches_budget_is_a_share_of_the_same_figure(monkeypatch):
+    monkeypatch.setattr(memory, "host_memory", lambda: 1000)
+    assert memory.memory_budgets(None) == (800 / len(jax.local_devices()), 800)
+    assert memory.memory_budgets(0.5) == (2**29, 2**29)
 
 
 def test_this_machine_has_memory():

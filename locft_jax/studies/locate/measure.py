@@ -102,7 +102,7 @@ class Bench:
         model, length = self.model, self.config.row_length
         if self.source is None or self.source.layer > layer:
             self.source = token_source(self.corpus, model.mesh)
-            beside, mode = len(self.corpus.tokens), self.config.prefix_cache
+            beside, mode = len(self.corpus.tokens), self.config.activation_cache
             like = probe_cache(model, self.asked, 1, mode, beside, agreed_budgets(self.config))
             self.cache = rising_cache(model, self.asked, self.guesses, like)
         while self.source.layer < layer:

@@ -119,7 +119,7 @@ def cache_mode(case: Case, mesh: Mesh, free: float) -> str:
     device = 0.8 * max(0.0, free) if budget is None else budget * 2**30
     size = case.tokens * case.spec.d_model * case.dtype.itemsize
     split = width_split(mesh, case.spec.d_model)
-    return choose_mode(case.config.prefix_cache, case.layer, size, (device, float("inf")), split)
+    return choose_mode(case.config.activation_cache, case.layer, size, (device, float("inf")), split)
 
 
 def programs(case: Case, mesh: Mesh, memory: float) -> list[Program]:

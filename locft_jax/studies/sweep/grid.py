@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from locft_jax.config import DEMO_CONFIG, Config, config_from_dict, config_to_dict, load_config
+from locft_jax.config import DEMO_CONFIG, Config, canonical, config_from_dict, config_to_dict, load_config
 from locft_jax.errors import UserError
 from locft_jax.flat_yaml import read_yaml, shown
 
@@ -41,7 +41,7 @@ def read_sweep(path: Path, overrides: Sequence[str] = (), config: str | None = N
     values = read_yaml(path)
     grid, also, base = values.pop("grid", {}), values.pop("also", []), values.pop("config", None)
     if not isinstance(grid, Mapping) or not all(isinstance(v, list) and v for v in grid.values()):
-        raise UserError(f"{path}: `grid` must map keys to lists of values, for example `lr: [1e-4, 5e-4]`")
+        raise UserError(f"{path}: `grid` must map keys to lists of values, for example `seed: [0, 1]`")
     if not isinstance(also, list) or not all(isinstance(v, Mapping) and v for v in also):
         raise UserError(f"{path}: `also` must be a list of mappings, each the settings of a further run")
     if base is not None and not isinstance(base, str):
@@ -62,8 +62,9 @@ def read_sweep(path: Path, overrides: Sequence[str] = (), config: str | None = N
     if base:
         given = _checked(values, path)
         plain = config_to_dict(config_from_dict(given, str(path)))
-        said = {pair.partition("=")[0].strip() for pair in overrides}
-        shared |= {key: plain[key] for key in given if key not in said}
+        said = canonical({pair.partition("=")[0].strip(): "" for pair in overrides}, "command line")
+        shared |= {key: plain[key] for key in canonical(given, str(path)) if key not in said}
+    cells = [canonical(cell, str(path)) for cell in cells]
     keys = list(dict.fromkeys(key for cell in cells for key in cell))
     runs = []
     for cell in cells:

@@ -28,7 +28,7 @@ def test_every_combination_is_a_run_and_so_is_each_further_one(tmp_path):
         ("depth", 1, "ft-m"), ("depth", 100, "ft-m"), ("breadth", 1, "ft-m"), ("breadth", 100, "ft-m"),
         ("breadth", 1, "ft-l"),
     ]  # fmt: skip
-    assert all(r.config.lr == 1e-3 and r.config.data_path == "d.json" for r in found)
+    assert all(r.config.learning_rate == 1e-3 and r.config.data_path == "d.json" for r in found)
     assert found[1].settings == {"pipeline": "depth", "batch_size": 100, "method": "ft-m"}
     assert found[1].name == "pipeline=depth, batch_size=100, method=ft-m"
 
@@ -37,7 +37,7 @@ def test_base_config_then_file_then_command_line_then_grid(tmp_path):
     (tmp_path / "base.yaml").write_text(BASE + "lr: 1e-3\nnum_steps: 7\nbatch_size: 3\n")
     text = f"config: {tmp_path / 'base.yaml'}\nlr: 2e-3\nbatch_size: 4\ngrid:\n  layer: [1, [2, 3]]\n"
     first, second = runs(tmp_path, text, "batch_size=5", "layer=9")
-    assert (first.config.lr, first.config.num_steps, first.config.batch_size) == (2e-3, 7, 5)
+    assert (first.config.learning_rate, first.config.num_epochs, first.config.batch_size) == (2e-3, 7, 5)
     assert (first.config.layer, second.config.layer) == (1, (2, 3))
     assert second.settings == {"layer": [2, 3]}
 
@@ -53,9 +53,10 @@ def test_base_config_then_file_then_command_line_then_grid(tmp_path):
         (BASE + "also: {lr: 1}\n", "`also` must be a list"),
         (BASE + "also: [lr]\n", "`also` must be a list"),
         (BASE + "config: [a]\ngrid: {lr: [1]}\n", "`config` must be"),
-        (BASE + "grid: {learning_rate: [1]}\n", "nearest known key is `lr`"),
-        (BASE + "learning_rate: 1\ngrid: {lr: [1]}\n", "nearest known key is `lr`"),
-        (BASE + "grid: {lr: [1, many]}\n", "`lr: many` is not valid"),
+        (BASE + "grid: {learningrate: [1]}\n", "nearest known key is `learning_rate`"),
+        (BASE + "learningrate: 1\ngrid: {lr: [1]}\n", "nearest known key is `learning_rate`"),
+        (BASE + "grid: {lr: [1], learning_rate: [1]}\n", "are one key"),
+        (BASE + "grid: {lr: [1, many]}\n", "`learning_rate: many` is not valid"),
         (BASE + "grid: {lr: [1, 1.0]}\n", "there twice"),
         (BASE + "grid: {lr: [1]}\nevaluate: false\n", "evaluate"),
         ("grid: {lr: [1]}\n", "no model"),
