@@ -140,73 +140,83 @@ def rows_needed(lengths: np.ndarray, row_length: int) -> int:
     return rows
 
 
+def _running(starts: np.ndarray) -> np.ndarray:
+    """For every element [n] the index of the latest start (bool [n]) at or before it."""
+    return np.maximum.accumulate(np.where(starts, np.arange(len(starts)), 0))
+
+
+def _new(values: np.ndarray) -> np.ndarray:
+    """Which of sorted values [n] differ from the one before (the first does)."""
+    return np.concatenate([np.ones(min(1, len(values)), bool), np.diff(values) != 0])
+
+
+def _spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Counts [n] -> of each of their sum: (which of the n it belongs to, its number among those)."""
+    of = np.repeat(np.arange(len(counts)), counts)
+    return of, np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _within_rows(row: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each example [n] begins in its row, and its number there from 1 on: examples of one row follow
+    each other in their given order."""
+    order = np.argsort(row, kind="stable")
+    before, first = np.cumsum(lengths[order]) - lengths[order], _new(row[order])
+    begin, segment = np.empty(len(row), np.int64), np.empty(len(row), np.int64)
+    begin[order] = before - np.maximum.accumulate(np.where(first, before, 0))
+    segment[order] = np.arange(len(row)) - _running(first) + 1
+    return begin, segment
+
+
+def _target_weights(corpus: Corpus, which: np.ndarray, of: np.ndarray, average: str) -> np.ndarray:
+    """Every target's share of the batch loss; `of`: the example that each belongs to."""
+    counts, shared = corpus.target_lengths[which], np.ones(len(which), np.int64)  # examples of the same edit
+    if corpus.edit is not None:
+        _, own_edit, copies = np.unique(corpus.edit[which], return_inverse=True, return_counts=True)
+        shared = copies[own_edit]
+    if average == "example":
+        return 1.0 / (counts[of] * (shared[of] * round((1 / shared).sum())))
+    return 1.0 / (shared[of] * (counts / shared).sum())
+
+
 def pack(corpus: Corpus, which: np.ndarray, shape: Shape, average: str = "example") -> Batch | None:
     """Examples `which` [n] of the corpus packed into one batch of a fixed shape, or None when they
     do not fit it. `average`: `example` weighs every edit 1 / n, `token` every target token
-    alike (method.md, Training); the examples of one edit share its weight."""
-    lengths, starts = corpus.read_lengths[which], corpus.target_start[which]
+    alike; the examples of one edit share its weight."""
+    lengths, counts = corpus.read_lengths[which], corpus.target_lengths[which]
     row = assign_rows(lengths, shape.length, shape.rows)
-    counts = corpus.target_lengths[which]
     if row is None or counts.sum() > shape.targets:
         return None
-    # Position of every token: examples of one row follow each other in the order of `which`.
-    order = np.argsort(row, kind="stable")
-    begin = np.empty(len(which), np.int64)
-    before = np.cumsum(lengths[order]) - lengths[order]
-    first = np.concatenate([[True], np.diff(row[order]) != 0])
-    row_begin = np.maximum.accumulate(np.where(first, before, 0))
-    begin[order] = before - row_begin
-    rank = np.arange(len(which)) - np.maximum.accumulate(np.where(first, np.arange(len(which)), 0))
-    segment = np.empty(len(which), np.int64)
-    segment[order] = rank + 1
-
-    own = np.repeat(np.arange(len(which)), lengths)  # example of each token
-    inside = np.arange(len(own)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    begin, segment = _within_rows(row, lengths)
+    own, inside = _spread(lengths)  # of each token
     place = row[own] * shape.length + begin[own] + inside
     index, segments, positions = (np.zeros(shape.rows * shape.length, np.int32) for _ in range(3))
     index[place] = corpus.offsets[which][own] + inside
     segments[place] = segment[own]
     positions[place] = inside
 
-    total = int(counts.sum())
-    of = np.repeat(np.arange(len(which)), counts)  # example of each target
-    nth = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
-    inner = starts[of] + nth
-    at = row[of] * shape.length + begin[of] + inner - 1
-    slot_of = np.zeros(total, np.int64)
-    by_row = np.argsort(row[of], kind="stable")
-    head_of_run = np.concatenate([[True], np.diff(row[of][by_row]) != 0]) if total else np.zeros(0, bool)
-    slot_of[by_row] = np.arange(total) - np.maximum.accumulate(np.where(head_of_run, np.arange(total), 0))
-    if total and slot_of.max() >= shape.row_targets:
+    of, nth = _spread(counts)  # of each target
+    inner = corpus.target_start[which][of] + nth
+    slot, by_row = np.zeros(len(of), np.int64), np.argsort(row[of], kind="stable")
+    slot[by_row] = np.arange(len(of)) - _running(_new(row[of][by_row]))
+    if len(of) and slot.max() >= shape.row_targets:
         return None
     of_row = np.zeros((shape.rows, shape.row_targets), np.int32)
-    of_row[row[of], slot_of] = np.arange(total)
-    shared = np.ones(len(which), np.int64)  # examples of the same edit
-    if corpus.edit is not None:
-        _, own_edit, copies = np.unique(corpus.edit[which], return_inverse=True, return_counts=True)
-        shared = copies[own_edit]
-    if average == "example":
-        weight = 1.0 / (counts[of] * (shared[of] * round((1 / shared).sum())))
-    else:
-        weight = 1.0 / (shared[of] * (counts / shared).sum())
+    of_row[row[of], slot] = np.arange(len(of))
 
-    def flat(values: np.ndarray, dtype: Any, fill: int = 0) -> np.ndarray:
+    def flat(values: np.ndarray, dtype: Any = np.int32, fill: int = 0) -> np.ndarray:
         out = np.full(shape.targets, fill, dtype)
-        out[:total] = values
+        out[: len(of)] = values
         return out
 
     grid = (shape.rows, shape.length)
+    at = row[of] * shape.length + begin[of] + inner - 1
     return Batch(
         index=index.reshape(grid),
         rows=Rows(segments.reshape(grid), positions.reshape(grid)),
-        targets=Targets(
-            at=flat(at, np.int32),
-            slot=flat(row[of] * shape.row_targets + slot_of, np.int32),
-            of_row=of_row,
-        ),
-        labels=flat(corpus.tokens[corpus.offsets[which][of] + inner], np.int32),
-        weight=flat(weight, np.float32),
-        example=flat(of, np.int32, -1),
+        targets=Targets(flat(at), flat(row[of] * shape.row_targets + slot), of_row),
+        labels=flat(corpus.tokens[corpus.offsets[which][of] + inner]),
+        weight=flat(_target_weights(corpus, which, of, average), np.float32),
+        example=flat(of, fill=-1),
     )
 
 
