@@ -1,4 +1,4 @@
-"""Overrides that arrive over time: batches of demo edits, each added with `--continue-from` to those before.
+"""Edits that arrive over time: batches of demo edits, each added with `--continue-from` to those before.
 
     python benchmarks/streaming.py [--batches 10] [--size 50] [--start-from base|last] [--small]
 

@@ -73,7 +73,7 @@ def edit(
     show: bool = False,
 ) -> EditResult:
     """Edit facts into a model by LocFT-BF and measure it before and after. Pure: `model` is not
-    changed. Overrides that it carries already stay, and are part of the new delta.
+    changed. Edits that it carries already stay, and are part of the new delta.
 
     `start`: values for the site's tensors to begin with (HF name -> matrix), such as an earlier
     delta's `new`; `checkpoints`: where the run's state is kept, and where it goes on if it was
@@ -157,7 +157,7 @@ def edit(
 
 
 def _batches(data: EditData, asked: Questions | None, after: Answers | None) -> list[dict[str, Any]]:
-    """Overrides that came together (data/streaming.py; a plain run has one batch), and how they do."""
+    """Edits that came together (data/streaming.py; a plain run has one batch), and how they do."""
     sizes = Counter(r.batch for r in data.requests)
     count = 1 + max(sizes)
     rates = by_batch(asked, after, count) if asked and after else [{"reliability": None}] * count

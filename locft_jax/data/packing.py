@@ -42,7 +42,7 @@ class Corpus:
 
     @property
     def edits(self) -> int:
-        """Overrides that the examples are of."""
+        """Edits that the examples are of."""
         return len(self) if self.edit is None else int(self.edit[-1]) + 1
 
     def examples_of(self, edits: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Overrides that arrive over time: those of an earlier run and new ones as one set to retrain on.
+"""Edits that arrive over time: those of an earlier run and new ones as one set to retrain on.
 
 Every run leaves its requests in `edits.jsonl`; a later run adds to them (method.md: streaming
 breadth-first). Each request keeps the number of the batch it arrived with.

@@ -75,7 +75,7 @@ elevators engines fireworks gloves hammers kettles ladders lamps lenses magnets 
 pencils pumps puzzles radios ropes saddles scissors shovels tents tractors umbrellas
 """)
 
-# Relation -> (kind of subject, pool of answers, five phrasings). Overrides are made in the first one.
+# Relation -> (kind of subject, pool of answers, five phrasings). Edits are made in the first one.
 RELATIONS: dict[str, tuple[str, list[str], tuple[str, str, str, str, str]]] = {
     "birthplace": (
         "person",

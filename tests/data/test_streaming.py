@@ -1,4 +1,4 @@
-"""Overrides that arrive over time: what a later run makes of an earlier one's requests."""
+"""Edits that arrive over time: what a later run makes of an earlier one's requests."""
 
 import dataclasses
 import json

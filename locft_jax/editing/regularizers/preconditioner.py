@@ -1,5 +1,5 @@
-"""Overrides that keep their hands off everything else: what the model's other inputs look like to a tuned
-matrix, and updates that avoid it.
+"""Updates that avoid what other texts need: second moments of a tuned matrix's inputs on retained texts, and
+the preconditioner made of them.
 
 A change dW [out, in] alters the outputs on retained inputs x by tr(dW C dW^T), C = E[x x^T]. Every update
 is multiplied on the input side by a matrix P [in, in], after Adam (editing/step.py):
@@ -14,6 +14,7 @@ and P is the identity on all that is orthogonal to them.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -175,8 +176,8 @@ def make_preconditioner(
     inner = cached_moments(model, site, ids, config, "inputs", lambda: second_moments(*given, last))
     outer: Moments = {}
     if config.preserve == "kfac":
-        compute = lambda: gradient_moments(*given, config.seed, last)
-        outer = cached_moments(model, site, ids, config, "outputs", compute)
+        gradients = functools.partial(gradient_moments, *given, config.seed, last)
+        outer = cached_moments(model, site, ids, config, "outputs", gradients)
     whole = lambda m: m if isinstance(m, Leading) else fetch(m)  # noqa: E731
     made: dict[int, np.ndarray | LowRank] = {}
 
