@@ -1,8 +1,9 @@
-# Both commands work on a fresh clone with nothing but Python >= 3.11. They make .venv and install
+# All of them work on a fresh clone with nothing but Python >= 3.11. They make .venv and install
 # into it when pyproject.toml has changed.
 #
-#   make demo [ARGS="--set num_edits=50"]     edit the bundled demo model
+#   make demo [ARGS="num_edits=50"]           edit the bundled demo model
 #   make test [ARGS="-k packing --no-cov"]    lint, types, tests with coverage
+#   make docs                                the documentation in site/; fails for a broken link
 #   make demo PYTHON=python3.12               with another Python (remove .venv first)
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: help demo test clean
+.PHONY: help demo test docs clean
 .NOTPARALLEL:
 
 help:
@@ -24,6 +25,10 @@ test: .venv/.test
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -rs --cov --cov-report=term $(ARGS)
 
+docs: .venv/.docs
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/mkdocs build --strict --quiet
+
 .venv/.demo: pyproject.toml
 	$(call environment,about 2 minutes)
 	@$(PIP) -e .
@@ -34,8 +39,13 @@ test: .venv/.test
 	@$(PIP) -e '.[test]'
 	@touch .venv/.demo $@
 
+.venv/.docs: pyproject.toml
+	$(call environment,about 2 minutes)
+	@$(PIP) -e '.[docs]'
+	@touch .venv/.demo $@
+
 clean:
-	rm -rf .venv .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv site .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # An environment without pip is one whose creation broke off.
 define environment
