@@ -385,7 +385,7 @@ def test_the_projects_configs_load_and_tell_their_command(path):
     shape = json.loads((ROOT / "configs" / "models" / f"{Path(c.model_name_or_path).name}.json").read_text())
     assert resolve_layers(c, shape["num_hidden_layers"]) == (c.layer,)
     head = path.read_text().split("\n\n")[0]
-    assert f"python -m locft_jax.edit configs/{path.name} --set data_path=" in head
+    assert f"locft edit configs/{path.name} data_path=" in head
     assert all(line.startswith("#") for line in head.splitlines())
     assert "not run here" in head and "not yet run" in head
 
