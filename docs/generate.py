@@ -5,37 +5,13 @@ python docs/generate.py --check    exit status 1 where they are out of date
 """
 
 import ast
-import dataclasses
 import re
 import sys
 from pathlib import Path
 
-from locft_jax import config
-from locft_jax.config import Config
+from locft_jax.config import key_table
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def key_table() -> str:
-    """A row for every key of `Config`: its default, and what it means."""
-    if hasattr(config, "key_table"):
-        return config.key_table()
-    source = (ROOT / "locft_jax" / "config.py").read_text(encoding="utf-8")
-    notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, flags=re.MULTILINE))
-    lines = ["| key | default | meaning |", "| --- | --- | --- |"]
-    for field in dataclasses.fields(Config):
-        if field.name == "source":
-            continue
-        value = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-        lines.append(f"| `{field.name}` | {_shown(value)} | {notes.get(field.name, '')} |")
-    return "\n".join(lines)
-
-
-def _shown(value: object) -> str:
-    if value is None or value in ("", ()):
-        return "-"
-    value = list(value) if isinstance(value, tuple) else value
-    return f"`{str(value).lower() if isinstance(value, bool) else value}`".replace("'", "")
 
 
 def module_map() -> str:
@@ -62,7 +38,7 @@ def pages() -> dict[Path, str]:
     found = {}
     for name, (mark, make) in PARTS.items():
         path = ROOT / "docs" / name
-        begin, end = f"<!-- generated: {mark} -->\n", f"\n<!-- end of {mark} -->"
+        begin, end = f"<!-- generated: {mark} -->\n", f"\n\n<!-- end of {mark} -->"
         text = path.read_text(encoding="utf-8")
         before, _, rest = text.partition(begin)
         _, _, after = rest.partition(end)

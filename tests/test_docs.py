@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from locft_jax.config import KEYS
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("[bt]*/README.md")])
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+COMMAND = re.compile(r"locft (?:edit|evaluate|ask|locate|sweep|plan)\b(?:\\\n|[^`\n])*")
 FILE = re.compile(r"(?<![\w/.-])(?:configs|benchmarks|docs|tests|tpu_scripts|notebooks|locft_jax)/[\w./-]*\w")
 
 
@@ -47,3 +50,12 @@ def test_the_version_is_the_same_everywhere():
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
     assert f'__version__ = "{version}"' in (ROOT / "locft_jax" / "__init__.py").read_text()
     assert f"\n## {version}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, *ROOT.glob("configs/**/*.yaml")], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_commands_use_known_keys(page):
+    commands = COMMAND.findall(page.read_text(encoding="utf-8"))
+    keys = {key for command in commands for key in re.findall(r"(?<=[\s'])([a-z_]+)=", command)}
+    assert keys <= set(KEYS)
