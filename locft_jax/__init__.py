@@ -1,19 +1,20 @@
-"""locft_jax: LocFT-BF model editing on JAX: config -> prepare -> model -> editing -> evaluation -> results."""
+"""LocFT-BF model editing on JAX: config -> prepare -> model -> editing -> evaluation -> results."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
-__all__ = ["CausalLM", "Config", "UserError", "edit", "evaluate", "load_model"]
+__all__ = ["CausalLM", "Config", "UserError", "apply_delta", "edit", "evaluate", "load_model"]
 
 if TYPE_CHECKING:
-    from locft_jax.api import edit, evaluate
+    from locft_jax.api import apply_delta, edit, evaluate
     from locft_jax.config import Config
     from locft_jax.errors import UserError
     from locft_jax.io.hf_load import load_model
     from locft_jax.model.nnx import CausalLM
 
 _HOMES = {
+    "apply_delta": "api",
     "edit": "api",
     "evaluate": "api",
     "load_model": "io.hf_load",

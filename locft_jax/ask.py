@@ -1,9 +1,6 @@
-"""`python -m locft_jax.ask`: the same program as `locft ask`."""
+"""`python -m locft_jax.ask` is `locft ask`."""
 
-import sys
-
-from locft_jax.cli.ask import main
-from locft_jax.cli.command import run_command
+from locft_jax.cli.main import run
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    raise SystemExit(run("ask"))

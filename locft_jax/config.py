@@ -219,6 +219,8 @@ class Config:
     checkpoint_every: str = key("10m", EVERY, "minutes (`10m`) or steps (`200`)")
     export: tuple[str, ...] = key(("hf", "delta", "orbax"), _any_number(_choice("hf", "delta", "orbax")),
         "what is written")
+    report_to: tuple[str, ...] = key((), _any_number(_choice("tensorboard", "wandb")),
+        "where the losses of steps are shown too")
     preserve: str = key("none", _choice("none", "soft", "null", "kfac"),
         "updates avoid the inputs that other texts have")
     preserve_strength: float | None = key(None, POSITIVE_OR_NULL,
@@ -294,6 +296,16 @@ def key_table() -> str:
     return "\n".join(rows)
 
 
+def key_lines() -> str:
+    """Every key with its default, its meaning and its values, for a terminal."""
+    lines = ["Every key, its default, and what it may be:"]
+    for name, value in config_to_dict(Config()).items():
+        known = KEYS[name]
+        alias = f" (alias {known['alias']})" if known["alias"] else ""
+        lines += [f"{name}={shown(value)}{alias}", f"    {known['doc']}; {known['rule'].expected}"]
+    return "\n".join(lines)
+
+
 def _default(value: Any) -> str:
     return "-" if value in (None, "", []) else f"`{shown(value)}`"
 
@@ -321,6 +333,14 @@ def load_config(
         if values.get(name) is not None:
             say(f"`{name}: {shown(values[name])}` is ignored: {note}")
     return Config(**values, source="" if path is None else str(path))
+
+
+def check_keys(path: str | Path | None, overrides: Sequence[str]) -> None:
+    """Raise `UserError`, as `load_config` does, for an unreadable file, unknown keys and bad values."""
+    if path is not None:
+        _checked_all(read_yaml(path), str(path))
+    for text in overrides:
+        _checked_all(dict([split_override(text)]), OVERRIDES)
 
 
 def config_from_dict(values: Mapping[str, Any], where: str) -> Config:

@@ -1,9 +1,6 @@
-"""`python -m locft_jax.delta`: the same program as `locft delta`."""
+"""`python -m locft_jax.delta` is `locft delta`."""
 
-import sys
-
-from locft_jax.cli.command import run_command
-from locft_jax.cli.delta import main
+from locft_jax.cli.main import run
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    raise SystemExit(run("delta"))

@@ -1,9 +1,6 @@
-"""`python -m locft_jax.edit`: the same program as `locft edit`."""
+"""`python -m locft_jax.edit` is `locft edit`."""
 
-import sys
-
-from locft_jax.cli.command import run_command
-from locft_jax.cli.edit import main
+from locft_jax.cli.main import run
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    raise SystemExit(run("edit"))

@@ -1,9 +1,6 @@
-"""`python -m locft_jax.evaluate`: the same program as `locft evaluate`."""
+"""`python -m locft_jax.evaluate` is `locft evaluate`."""
 
-import sys
-
-from locft_jax.cli.command import run_command
-from locft_jax.cli.evaluate import main
+from locft_jax.cli.main import run
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    raise SystemExit(run("evaluate"))

@@ -1,9 +1,6 @@
-"""`python -m locft_jax.locate`: the same program as `locft locate`."""
+"""`python -m locft_jax.locate` is `locft locate`."""
 
-import sys
-
-from locft_jax.cli.command import run_command
-from locft_jax.cli.locate import main
+from locft_jax.cli.main import run
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    raise SystemExit(run("locate"))

@@ -1,9 +1,6 @@
-"""`python -m locft_jax.plan`: the same program as `locft plan`."""
+"""`python -m locft_jax.plan` is `locft plan`."""
 
-import sys
-
-from locft_jax.cli.command import run_command
-from locft_jax.cli.plan import main
+from locft_jax.cli.main import run
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    raise SystemExit(run("plan"))

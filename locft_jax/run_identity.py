@@ -1,12 +1,15 @@
-"""run_identity."""
+"""What a run's result follows from: whether another run may resume from it, and which libraries made it."""
 
 import dataclasses
 import hashlib
 import json
+import platform
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from locft_jax.config import ALIASES, Config, canonical, config_to_dict
@@ -21,11 +24,21 @@ from locft_jax.io.hf_folder import HFFolder, read_part, read_tensor
 from locft_jax.io.outputs import saved_something
 from locft_jax.io.remote import Remote, in_parallel
 from locft_jax.logs import say
-from locft_jax.versions import versions
 
 # Keys that change nothing in a run's result: what they were may differ when a run goes on.
 FREE_KEYS = ("model_name_or_path", "data_path", "output_dir", "capability_data", "device",
-             "memory_budget", "checkpoint_every", "export")  # fmt: skip
+             "memory_budget", "checkpoint_every", "export", "report_to")  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    found = {"python": platform.python_version(), "backend": jax.default_backend()}
+    for name in ("locft-jax", "jax", "jaxlib", "flax", "optax", "transformers", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 def base_digest(checkpoint: HFFolder, site: Sequence[str]) -> str:

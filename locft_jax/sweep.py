@@ -1,9 +1,6 @@
-"""`python -m locft_jax.sweep`: the same program as `locft sweep`."""
+"""`python -m locft_jax.sweep` is `locft sweep`."""
 
-import sys
-
-from locft_jax.cli.command import run_command
-from locft_jax.cli.sweep import main
+from locft_jax.cli.main import run
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    raise SystemExit(run("sweep"))

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import locft_jax
-from locft_jax import Config, UserError, edit, evaluate, load_model
+from locft_jax import Config, UserError, apply_delta, edit, evaluate, load_model
 from locft_jax.api import as_data
 from locft_jax.data.capability import read_capability
 from locft_jax.data.requests import EditRequest, read_requests
+from locft_jax.editing.hooks import Hook
 from locft_jax.io.delta import load_delta
 
 QUICK = {"evaluate": False, "num_steps": 1}
@@ -77,7 +78,7 @@ def test_the_given_model_is_not_changed(model, result, tiny_model_dir):
 
 
 def test_applying_the_delta_gives_the_edited_model(model, result, data, capability, config):
-    edited = model.apply(result.delta)
+    edited = apply_delta(model, result.delta)
     for name in SITE:
         np.testing.assert_array_equal(edited.overrides[name], result.edited.overrides[name])
     report, lines = evaluate(edited, data, capability, config)
@@ -85,7 +86,7 @@ def test_applying_the_delta_gives_the_edited_model(model, result, data, capabili
     assert report["figures"] == after and after["reliability"] == 1.0
     assert report["probes"] == result.report["probes"]
     assert (report["edits"], report["unreachable_targets"]) == (12, 0)
-    assert report["proved_by_one_pass"] >= 12  # every edit that holds is proved by its target
+    assert report["verified_by_one_pass"] >= 12  # every edit that holds is verified by its target
     assert [line["after"] for line in lines] == [line["after"] for line in result.predictions]
     assert {line["before"] for line in lines} == {None}
 
@@ -99,8 +100,13 @@ def test_a_sample_of_the_probes(model, result, data, config):
 
 def test_steps_are_told_as_they_happen_and_nothing_is_measured_without_evaluation(model, data, config):
     told = []
-    quick = dataclasses.replace(config, evaluate=False, num_steps=2)
-    result = edit(model, data, quick, on_step=told.append)
+
+    class Tell(Hook):
+        def on_step(self, record):
+            told.append(dataclasses.asdict(record))
+
+    quick = dataclasses.replace(config, evaluate=False, num_epochs=2)
+    result = edit(model, data, quick, hooks=[Tell()])
     assert told == result.steps and len(told) == 6
     assert result.predictions == [] and result.report["probes"] == {}
     assert set(result.report["before"].values()) == set(result.report["after"].values()) == {None}
@@ -181,7 +187,23 @@ def test_importing_the_package_is_light_and_every_name_is_there():
     root = Path(locft_jax.__file__).parents[1]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
     assert all(getattr(locft_jax, name) is not None for name in locft_jax.__all__)
-    assert sys.modules["locft_jax.edit"].main  # a command's module does not hide the function
-    assert locft_jax.edit is edit and callable(edit) and callable(locft_jax.evaluate)
+
+
+def test_the_commands_modules_do_not_hide_the_functions():
+    """`locft_jax.edit` is a function and `python -m locft_jax.edit` a program: nothing imports its module."""
+    code = """
+import sys
+from locft_jax.cli import edit, evaluate, main
+try:
+    main.run("edit", ["--version"])
+except SystemExit:
+    pass
+import locft_jax, locft_jax.api
+assert locft_jax.edit is locft_jax.api.edit and locft_jax.evaluate is locft_jax.api.evaluate
+assert not set(main.COMMANDS) & {name.removeprefix("locft_jax.") for name in sys.modules}
+"""
+    root = Path(locft_jax.__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+    assert locft_jax.edit is edit
     with pytest.raises(AttributeError, match="no attribute 'missing'"):
         locft_jax.missing  # noqa: B018

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from locft_jax import prepare
 from locft_jax.cli import ask
 from locft_jax.cli.command import run_command
 
@@ -18,7 +19,7 @@ def no_weights(monkeypatch):
     def load(*args):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(ask, "load_opened", load)
+    monkeypatch.setattr(prepare, "load_opened", load)
 
 
 @pytest.fixture
@@ -73,6 +74,16 @@ def test_prompts_from_standard_input_and_a_limit(edit_run, typed, capsys):
     assert whole.startswith(first) and len(first) < len(whole)
 
 
+def test_a_prompt_may_hold_an_equals_sign(edit_run, capsys, monkeypatch):
+    """Only known keys are overrides, `--set` takes several as it does elsewhere, and `--` ends them."""
+    monkeypatch.setenv("COLUMNS", "200")
+    overrides = ["--set", "mesh={data: 1, model: 1}", "row_length=64", "2+2=4", "x = five", "seed=1"]
+    prompts = ["row_length=3", "--model"]
+    assert run_command(ask.main, ["--model", str(edit_run / "hf"), *overrides, "--", *prompts]) == 0
+    rows = cells(capsys.readouterr().out)
+    assert [row[0] for row in rows[1:]] == ["2+2=4", "x = five", *prompts]
+
+
 @pytest.mark.parametrize(
     ("arguments", "text", "said"),
     [
@@ -82,11 +93,14 @@ def test_prompts_from_standard_input_and_a_limit(edit_run, typed, capsys):
         ([], b"", "no prompts"),
         ([], b"fine\n\xff\xfe\n", "line 2 is not valid UTF-8"),
         (["\udcff"], b"", "prompt 1 is not valid UTF-8"),
-        (["five " * 300], b"", "the model's context holds 256: shorten it, or lower --max-tokens"),
-        (["five", "--max-tokens", "256"], b"", "up to 256 of its answer; the model's context holds 256"),
+        (["five " * 300], b"", "the model's context holds 256; shorten or drop it"),
+        (["five " * 245], b"", "the context holds 256: shorten it, or lower --max-tokens"),
+        (["five", "--max-tokens", "256"], b"", "up to 256 of its answer; the context holds 256"),
         (["five", "--max-tokens", "0"], b"", "--max-tokens 0: it must be 1 or more"),
         (["five", "--set", "chat_template=true"], b"", "no chat template"),
         (["five", "--set", "lrr=1"], b"", "unknown key `lrr`"),
+        (["five", "--set", "lr=1", "batchsize=2"], b"", "unknown key `batchsize`"),
+        (["five", "--set", "five"], b"", "expected key=value"),
         (["five", "--delta", "nowhere"], b"", "nowhere: not a readable delta file"),
     ],
 )

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from locft_jax.errors import UserError
 from locft_jax.io import hf_folder, hf_save, orbax_export, outputs
 from locft_jax.model.sharding import make_mesh
-from locft_jax.versions import versions
+from locft_jax.run_identity import versions
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 

@@ -1,64 +1,52 @@
-"""Ask a model, and with a delta the edited model too: `python -m locft_jax.ask --model DIR "prompt" ...`
-
-Greedy answers, ended by the first `.`, newline or EOS, as everywhere here. Without a prompt, or with
-`-`, the prompts are read from standard input, one a line.
-"""
+"""Ask a model, and with a delta the edited model too. Greedy answers, ended by the first `.`, newline or EOS,
+as everywhere here. Without a prompt, or with `-`, the prompts are read from standard input, one a line; after
+`--` all words are prompts."""
 
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from locft_jax.config import Config, load_config
-from locft_jax.data.tokenize import check_prompts, prompt_ids
+from locft_jax.cli.arguments import new_parser, parse_words
+from locft_jax.config import load_config
 from locft_jax.errors import UserError
-from locft_jax.evaluation.probes import NEW_TOKENS
+from locft_jax.evaluation.probes import NEW_TOKENS, Probe
 from locft_jax.evaluation.report import plain
 from locft_jax.evaluation.scoring import cut, stop_tables
 from locft_jax.evaluation.verify import Prompts, answer
-from locft_jax.io.delta import check_delta, load_delta
-from locft_jax.io.hf_folder import open_folder
-from locft_jax.io.hf_load import frozen_dtype, load_opened, load_tokenizer
+from locft_jax.io.delta import load_delta
 from locft_jax.io.remote import place
-from locft_jax.model.memory import check_memory
+from locft_jax.logs import say
 from locft_jax.model.model import Model
-from locft_jax.model.sharding import make_mesh
+from locft_jax.prepare import Prepared, no_site, prepare
 
 
 def main(argv: list[str] | None = None) -> None:
     """config -> prompts -> model -> answers."""
     args = parse(argv)
-    pairs = [f"model_name_or_path={args.model}", *args.set]
-    config = load_config(None, pairs)
-
-    # Everything that can be wrong is looked at before any weight is loaded.
-    prompts = read_prompts(args.prompts)
-    checkpoint = open_folder(config.model_name_or_path)
-    tokenizer = load_tokenizer(checkpoint)
-    mesh = make_mesh(config.mesh)
-    delta = load_delta(args.delta) if args.delta else None
-    if delta:
-        check_delta(checkpoint, delta)
-    ids = encode_prompts(tokenizer, prompts, config, args.max_tokens, checkpoint.spec.max_position)
-    check_prompts(tokenizer, prompts, config.chat_template, vocab_size=checkpoint.spec.vocab_size)
-    itemsize = frozen_dtype(checkpoint, config.weights).itemsize
-    check_memory(checkpoint.spec, mesh, itemsize, int8=config.weights == "int8")
-
-    model = load_opened(checkpoint, tokenizer, mesh, config.weights)
-    if delta:
-        # The base's own tensors as edits: the same compiled code then serves before and after.
+    config = load_config(None, [f"model_name_or_path={args.model}", *args.pairs])
+    prompts = read_prompts(args.rest)
+    probes = [Probe(str(i), "ask", prompt, None) for i, prompt in enumerate(prompts)]
+    prepared = prepare(config, probes=probes, sites=no_site)
+    if args.delta:
+        prepared = prepared.over(load_delta(args.delta))
+    ids = prompt_ids(prepared, args.max_tokens)
+    for note in prepared.notes:
+        say(note)
+    model = prepared.load()
+    states = {"answer": model}
+    if delta := prepared.delta:
+        # The base's own tensors as overrides: the same compiled code then serves before and after.
         states = {"before": model.with_overrides(delta.base), "after": model.with_overrides(delta.new)}
-    else:
-        states = {"answer": model}
+    stop, _ = stop_tables(model.tokenizer, model.spec.vocab_size, model.eos)
     table = Table("prompt")
     columns = []
-    guesses: list[list[int]] = [[] for _ in ids]
+    drafts: list[list[int]] = [[] for _ in ids]
     for name, state in states.items():
         table.add_column(name, overflow="fold")
-        texts, guesses = answers(state, ids, guesses, args.max_tokens, config.row_length)
+        texts, drafts = answers(state, Prompts(ids, drafts, args.max_tokens, stop), config.row_length)
         columns.append(texts)
     for row in zip(prompts, *columns, strict=True):
         table.add_row(*map(plain, row))
@@ -87,42 +75,32 @@ def read_prompts(given: Sequence[str]) -> list[str]:
     return prompts
 
 
-def encode_prompts(
-    tokenizer: Any, prompts: Sequence[str], config: Config, new_tokens: int, limit: int
-) -> list[list[int]]:
-    """Token ids of the prompts. Raises UserError for one without tokens, or one that leaves no room for
-    an answer of `new_tokens` in a context of `limit`."""
-    ids = prompt_ids(tokenizer, prompts, config.chat_template)
-    for prompt, tokens in zip(prompts, ids, strict=True):
-        if not tokens:
-            raise UserError(f"ask: {prompt!r} has no tokens in this model's vocabulary")
-        if len(tokens) + new_tokens > limit:
+def prompt_ids(prepared: Prepared, new_tokens: int) -> list[list[int]]:
+    """Token ids of the prompts. Raises UserError for one that leaves no room for an answer."""
+    questions, limit = prepared.questions, prepared.base.spec.max_position
+    assert questions is not None
+    for probe, ids in zip(questions.probes, questions.prompts, strict=True):
+        if len(ids) + new_tokens > limit:
             raise UserError(
-                f"ask: {len(tokens)} tokens in the prompt that begins {prompt[:60]!r} and up to {new_tokens} "
-                f"of its answer; the model's context holds {limit}: shorten it, or lower --max-tokens"
+                f"ask: {len(ids)} tokens in the prompt that begins {probe.prompt[:60]!r} and up to "
+                f"{new_tokens} of its answer; the context holds {limit}: shorten it, or lower --max-tokens"
             )
-    return ids
+    return questions.prompts
 
 
-def answers(
-    model: Model, ids: list[list[int]], guesses: list[list[int]], new_tokens: int, row_length: int
-) -> tuple[list[str], list[list[int]]]:
-    """Texts by the official stop rule, and token ids. `guesses` only decide how fast that is."""
-    stop, _ = stop_tables(model.tokenizer, model.spec.vocab_size, model.eos)
-    tokens, _ = answer(model, Prompts(ids, guesses, new_tokens, stop), row_length)
+def answers(model: Model, prompts: Prompts, row_length: int) -> tuple[list[str], list[list[int]]]:
+    """Texts by the official stop rule, and token ids."""
+    tokens, _ = answer(model, prompts, row_length)
     return [cut(t) for t in model.tokenizer.batch_decode(tokens, skip_special_tokens=True)], tokens
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m locft_jax.ask", description=__doc__)
-    add = parser.add_argument
-    add("prompts", nargs="*", metavar="prompt", help="what to ask; none, or -: lines of standard input")
-    add("--model", required=True, help="model folder or Hub id")
-    add("--delta", type=place, help="delta.safetensors: answers before and after it, side by side")
-    add("--max-tokens", type=int, default=NEW_TOKENS, help=f"of an answer (default: {NEW_TOKENS})")
-    add("--set", action="append", default=[], metavar="key=value", help="override a key; may be repeated")
-    args = parser.parse_args(argv)
+    """The command line; `pairs` are its key=value overrides, `rest` its prompts."""
+    parser = new_parser("ask", __doc__, "prompt")
+    parser.add_argument("--model", required=True, help="model folder or Hub id")
+    parser.add_argument("--delta", type=place, help="delta.safetensors: answers before and after it")
+    parser.add_argument("--max-tokens", type=int, default=NEW_TOKENS, help=f"default: {NEW_TOKENS}")
+    args = parse_words(parser, argv, text=True)
     if args.max_tokens < 1:
         raise UserError(f"--max-tokens {args.max_tokens}: it must be 1 or more")
     return args
-

@@ -21,10 +21,10 @@ from locft_jax.data.packing import Corpus
 from locft_jax.data.requests import read_requests
 from locft_jax.editing.augment import written_prefixes
 from locft_jax.editing.regularizers.preconditioner import check_preserve
-from locft_jax.editing.regularizers.texts import check_retained, retained_texts, unused
+from locft_jax.editing.regularizers.texts import encode_retained, retained_texts, unused
 from locft_jax.editing.run import check_fit, encode_requests
 from locft_jax.errors import UserError
-from locft_jax.evaluation.probes import check_probes, make_probes, prepare
+from locft_jax.evaluation.probes import make_probes, make_questions
 from locft_jax.evaluation.report import plain
 from locft_jax.evaluation.scoring import counts
 from locft_jax.io import outputs
@@ -68,10 +68,10 @@ def carry_out(args: argparse.Namespace) -> None:
     tokenizer, mesh = load_tokenizer(checkpoint), make_mesh(config.mesh)
     plan = make_plan(checkpoint.spec, args.modules, args.layers, args.strategy, args.from_sibling)
     retained = retained_texts(config, data.requests)
-    check_retained(tokenizer, checkpoint.spec, config, retained)
+    encode_retained(tokenizer, checkpoint.spec, config, retained)
     corpus = encode_requests(tokenizer, data.requests, config, checkpoint.spec)
     probes = make_probes(data.requests, config.eval_sample, config.seed, config.augment_rephrases)
-    check_probes(tokenizer, checkpoint.spec, probes, capability, config.chat_template)
+    asked = make_questions(tokenizer, probes, capability, checkpoint.spec, config.chat_template)
     notes = unused(config) + check_places(plan.all(), checkpoint, config, corpus, mesh)
     run = describe_run(config, data, capability, checkpoint, (), mesh, None, retained) | plan.told()
     over = first and args.resume and finished(out, run)
@@ -86,7 +86,6 @@ def carry_out(args: argparse.Namespace) -> None:
     begin = time.monotonic()
     with table.kept(), counted(table.folder / "compiled" if first else None) as compilations:
         model = load_opened(checkpoint, tokenizer, mesh, config.weights)
-        asked = prepare(tokenizer, probes, capability, config.chat_template)
         prefixes = written_prefixes(model, config)
         corpus = encode_requests(tokenizer, data.requests, config, checkpoint.spec, prefixes)
         with Bar("before", len(asked.probes)) as bar:

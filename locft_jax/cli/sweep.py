@@ -23,11 +23,11 @@ from locft_jax.data.records import digest
 from locft_jax.data.requests import EditData, read_requests
 from locft_jax.editing.checkpointer import resumable
 from locft_jax.editing.regularizers.preconditioner import check_preserve
-from locft_jax.editing.regularizers.texts import check_retained, retained_texts
+from locft_jax.editing.regularizers.texts import encode_retained, retained_texts
 from locft_jax.editing.run import check_fit, choose_site, encode_requests
 from locft_jax.editing.trainer import NonFiniteLoss
 from locft_jax.errors import UserError
-from locft_jax.evaluation.probes import check_probes, make_probes
+from locft_jax.evaluation.probes import make_probes, make_questions
 from locft_jax.evaluation.report import plain
 from locft_jax.io import outputs
 from locft_jax.io.atomic import append_jsonl, whole_folder
@@ -140,10 +140,10 @@ def looker() -> Callable[[Run], Job]:
         site = choose_site(checkpoint.spec, config)
         check_preserve(checkpoint.spec, site, config)
         retained = retained_texts(config, data.requests)
-        check_retained(tokenizer, checkpoint.spec, config, retained)
+        encode_retained(tokenizer, checkpoint.spec, config, retained)
         corpus = encode_requests(tokenizer, data.requests, config, checkpoint.spec)
         probes = make_probes(data.requests, config.eval_sample, config.seed, config.augment_rephrases)
-        check_probes(tokenizer, checkpoint.spec, probes, capability, config.chat_template)
+        make_questions(tokenizer, probes, capability, checkpoint.spec, config.chat_template)
         notes = check_fit(checkpoint, dataclasses.replace(config, export=()), site, corpus, mesh)
         described = describe_run(config, data, capability, checkpoint, site, mesh, None, retained)
         described.pop("versions")

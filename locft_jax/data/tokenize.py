@@ -1,5 +1,6 @@
-"""data.tokenize."""
+"""Texts -> token ids, each text once: prompts as a model is asked, and training texts with their targets."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,37 +10,63 @@ from locft_jax.data.packing import Corpus, corpus_from_lists
 from locft_jax.errors import UserError, is_panic
 
 
+class TextEncoder:
+    """A tokenizer that remembers: a text that prompts, probes and checks share is tokenized once. The lists
+    that it gives are its own and must not be changed."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._known: dict[bool, dict[str, list[int]]] = {True: {}, False: {}}
+
+    def ids(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
+        """Token ids of each text, with the tokenizer's special tokens or without. Raises UserError where the
+        tokenizer fails."""
+        known = self._known[special]
+        if unseen := [text for text in dict.fromkeys(texts) if text not in known]:
+            options = {} if special else {"add_special_tokens": False}
+            try:
+                found = self.tokenizer(unseen, **options)["input_ids"]
+            except BaseException as e:  # a damaged tokenizer.json may fail at some texts only, and in any way
+                if isinstance(e, MemoryError) or not (isinstance(e, Exception) or is_panic(e)):
+                    raise
+                reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+                remedy = "fetch the tokenizer's files again"
+                raise UserError(f"model: its tokenizer fails ({reason}); {remedy}") from None
+            known.update(zip(unseen, found, strict=True))
+        return [known[text] for text in texts]
+
+    @functools.cached_property
+    def closing(self) -> int:
+        """How many special tokens the tokenizer appends to a text (T5-like ones add EOS)."""
+        plain, full = self.ids(["a"], special=False)[0], self.ids(["a"])[0]
+        ends = range(len(full), len(plain) - 1, -1)
+        return next((len(full) - end for end in ends if full[end - len(plain) : end] == plain), 0)
+
+
+def as_encoder(tokenizer: Any) -> TextEncoder:
+    """A tokenizer as a `TextEncoder`, which it may be already."""
+    return tokenizer if isinstance(tokenizer, TextEncoder) else TextEncoder(tokenizer)
+
+
 def prompt_ids(tokenizer: Any, prompts: Sequence[str], chat_template: bool = False) -> list[list[int]]:
     """Prompts -> ids as the tokenizer makes them by default (BOS where it adds one), without special
     tokens that would close them; with `chat_template`, as one user message and the opening of the answer.
     """
-    if not prompts:
-        return []
+    encoder = as_encoder(tokenizer)
     if not chat_template:
-        closing = _closing_specials(tokenizer)
-        return [ids[: len(ids) - closing] for ids in _tokenize(tokenizer, prompts)]
-    if not tokenizer.chat_template:
+        return [ids[: len(ids) - encoder.closing] for ids in encoder.ids(prompts)] if prompts else []
+    if not encoder.tokenizer.chat_template:
         raise UserError("chat_template: this model's tokenizer has no chat template; use chat_template=false")
-    messages = [[{"role": "user", "content": p}] for p in prompts]
-    fill = lambda m: tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True)  # noqa: E731
+    fill = functools.partial(
+        encoder.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True
+    )
     try:
-        texts = [fill(m) for m in messages]
+        texts = [fill([{"role": "user", "content": p}]) for p in prompts]
     except Exception as e:  # a template is a program: it may fail in any way
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-        raise UserError(
-            f"chat_template: this model's template fails ({reason}); use chat_template=false"
-        ) from None
-    return _tokenize(tokenizer, texts, add_special_tokens=False)
-
-
-def _tokenize(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[list[int]]:
-    try:
-        return tokenizer(list(texts), **options)["input_ids"]
-    except BaseException as e:  # a damaged tokenizer.json may fail at some texts only, and in any way
-        if isinstance(e, MemoryError) or not (isinstance(e, Exception) or is_panic(e)):
-            raise
-        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-        raise UserError(f"model: its tokenizer fails ({reason}); fetch the tokenizer's files again") from None
+        wrong = f"chat_template: this model's template fails ({reason}); use chat_template=false"
+        raise UserError(wrong) from None
+    return encoder.ids(texts, special=False)
 
 
 def spaced(target: str) -> str:
@@ -64,54 +91,62 @@ def encode_pairs(
     the prompt keeps its ids, so that what is trained is what generation will meet, and the case
     is counted. With a chat template the answer follows the template without a space.
 
-    Raises UserError for a target without tokens, a prompt without tokens, a text longer than
-    `max_length`, or an id beyond `vocab_size`.
+    Args:
+        tokenizer: a Hugging Face fast tokenizer, or a `TextEncoder`.
+        prompts: one for each target.
+        targets: what each prompt is to be continued with.
+        eos: the id that ends every text; None: none.
+        chat_template: put the prompts into the tokenizer's template.
+        max_length: of a text, in tokens.
+        vocab_size: ids must be below it.
+
+    Raises:
+        UserError: for a target or prompt without tokens, a text longer than `max_length`, or an id beyond
+            `vocab_size`.
     """
-    heads = prompt_ids(tokenizer, prompts, chat_template)
+    encoder = as_encoder(tokenizer)
+    heads, merges = prompt_ids(encoder, prompts, chat_template), 0
     if chat_template:
-        tails = _tokenize(tokenizer, [t.strip() for t in targets], add_special_tokens=False)
-        merges = 0
+        tails = encoder.ids([t.strip() for t in targets], special=False)
     else:
         texts = [p + spaced(t) for p, t in zip(prompts, targets, strict=True)]
-        wholes = _tokenize(tokenizer, texts) if texts else []
-        suffix = _closing_specials(tokenizer)
-        tails, merges = [], 0
-        for i, (head, whole) in enumerate(zip(heads, wholes, strict=True)):
-            whole = whole[: len(whole) - suffix]
+        tails = []
+        for i, (head, whole) in enumerate(zip(heads, encoder.ids(texts), strict=True)):
+            whole = whole[: len(whole) - encoder.closing]
             if whole[: len(head)] == head:
                 tails.append(whole[len(head) :])
             else:
                 merges += 1
-                tails.append(_target_alone(tokenizer, head, targets[i], texts[i]))
+                tails.append(_target_alone(encoder, head, targets[i], texts[i]))
     parts, starts = [], []
     for prompt, target, head, tail in zip(prompts, targets, heads, tails, strict=True):
         # What the vocabulary lacks may vanish, and leave the space before it.
-        if not head or not tail or (len(tail) <= 2 and not tokenizer.decode(tail).strip()):
+        if not head or not tail or (len(tail) <= 2 and not encoder.tokenizer.decode(tail).strip()):
             what = "prompt" if not head else "target"
             raise UserError(f"data: the {what} of {prompt!r} -> {target!r} has no tokens in this vocabulary")
         parts.append([*head, *tail] + ([] if eos is None else [eos]))
         starts.append(len(head))
     corpus = corpus_from_lists(parts, starts, merges)
-    _check(corpus, prompts, max_length, vocab_size)
+    check_texts(corpus, prompts, max_length, vocab_size)
     return corpus
 
 
 def check_prompts(
-    tokenizer: Any,
     prompts: Sequence[str],
-    chat_template: bool = False,
+    ids: Sequence[Sequence[int]],
     max_length: int | None = None,
     vocab_size: int | None = None,
 ) -> None:
-    """Raise UserError, as `encode_pairs` does, for prompts that nobody knows the answer to."""
-    heads = prompt_ids(tokenizer, prompts, chat_template)
-    for prompt, head in zip(prompts, heads, strict=True):
-        if not head:
+    """Raise UserError, as `encode_pairs` does, for prompts without a target."""
+    for prompt, own in zip(prompts, ids, strict=True):
+        if not own:
             raise UserError(f"data: the prompt {prompt!r} has no tokens in this vocabulary")
-    _check(corpus_from_lists(heads, np.zeros(len(heads))), prompts, max_length, vocab_size)
+    check_texts(corpus_from_lists(ids, np.zeros(len(ids))), prompts, max_length, vocab_size)
 
 
-def _check(corpus: Corpus, prompts: Sequence[str], max_length: int | None, vocab_size: int | None) -> None:
+def check_texts(
+    corpus: Corpus, prompts: Sequence[str], max_length: int | None, vocab_size: int | None
+) -> None:
     """Raise UserError for texts that the model has no room or no embedding for."""
     begins = lambda i: f"the text that begins {prompts[i][:60]!r}"  # noqa: E731
     if max_length is not None and (corpus.lengths > max_length).any():
@@ -130,23 +165,11 @@ def _check(corpus: Corpus, prompts: Sequence[str], max_length: int | None, vocab
         )
 
 
-def _closing_specials(tokenizer: Any) -> int:
-    """How many special tokens the tokenizer appends to a text (T5-like ones add EOS)."""
-    plain = _tokenize(tokenizer, ["a"], add_special_tokens=False)[0]
-    full = _tokenize(tokenizer, ["a"])[0]
-    for end in range(len(full), len(plain) - 1, -1):
-        if full[end - len(plain) : end] == plain:
-            return len(full) - end
-    return 0
-
-
-def _target_alone(tokenizer: Any, head: list[int], target: str, text: str) -> list[int]:
+def _target_alone(encoder: TextEncoder, head: list[int], target: str, text: str) -> list[int]:
     """Ids of the target by itself that continue `head` to the right text: with its space, or
     without where the tokenizer puts one before every word (sentencepiece)."""
-    spellings = [spaced(target), target.lstrip(" ")]
-    with_space, without = _tokenize(tokenizer, spellings, add_special_tokens=False)
-    for ids in (with_space, without):
-        whole = tokenizer.decode([*head, *ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if whole == text:
-            return ids
-    return with_space
+    with_space, without = encoder.ids([spaced(target), target.lstrip(" ")], special=False)
+    decode = functools.partial(
+        encoder.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return next((ids for ids in (with_space, without) if decode([*head, *ids]) == text), with_space)

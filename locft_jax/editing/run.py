@@ -13,7 +13,7 @@ from locft_jax import distributed
 from locft_jax.config import Config, resolve_layers
 from locft_jax.data.packing import Corpus
 from locft_jax.data.requests import EditRequest
-from locft_jax.data.tokenize import encode_pairs
+from locft_jax.data.tokenize import as_encoder, encode_pairs
 from locft_jax.editing.augment import prefix_texts, training_prompts
 from locft_jax.editing.checkpointer import Checkpointer
 from locft_jax.editing.hooks import Evaluate, Hook, StepRecord
@@ -87,14 +87,15 @@ def encode_requests(
     `augment_...` keys add; `prefixes`: random texts (default: as `prefix_texts` has them without the model).
     For `ft-l` only the last token of a target is trained; EOS, which says nothing of the fact, is left out.
     Raises UserError when the tokenizer has no EOS to append, or as `encode_pairs` and `prefix_texts` do."""
-    eos = getattr(tokenizer, "eos_token_id", None)
+    encoder = as_encoder(tokenizer)
+    eos = getattr(encoder.tokenizer, "eos_token_id", None)
     append = config.append_eos and config.method != "ft-l"
     if append and eos is None:
         raise UserError("append_eos: this model's tokenizer has no EOS token; use append_eos=false")
     prompts = training_prompts(requests, config, prefix_texts(config) if prefixes is None else prefixes)
     counts = [len(own) for own in prompts]
     corpus = encode_pairs(
-        tokenizer,
+        encoder,
         [prompt for own in prompts for prompt in own],
         [r.target_new for r, count in zip(requests, counts, strict=True) for _ in range(count)],
         eos=eos if append else None,

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from locft_jax.data.tokenize import encode_pairs
 from locft_jax.errors import UserError
 from locft_jax.evaluation.probes import NEW_TOKENS, Answers, Questions
 from locft_jax.evaluation.scoring import cut, may_match, stop_tables
@@ -111,9 +110,8 @@ def _choose(model: Model, questions: Questions, row_length: int) -> dict[int, st
     """For every probe with choices, the one with the highest log-likelihood per character (lm-eval's
     `acc_norm`)."""
     which = [(i, c) for i, choices in questions.choices.items() for c in choices]
-    prompts = [questions.probes[i].prompt for i, _ in which]
-    corpus = encode_pairs(model.tokenizer, prompts, [c for _, c in which])
-    scores = {n: float(logprob.sum()) for n, _, logprob in score_corpus(model, corpus, row_length)}
+    scored = score_corpus(model, questions.choice_pairs, row_length)
+    scores = {n: float(logprob.sum()) for n, _, logprob in scored}
     best: dict[int, tuple[float, str]] = {}
     for n, (i, choice) in enumerate(which):
         score = scores[n] / max(1, len(choice))

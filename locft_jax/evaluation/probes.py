@@ -1,4 +1,4 @@
-"""Ask a model every probe, score the answers, and say how they changed."""
+"""What a model is asked: probes of the edits and capability items, and their token ids."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from locft_jax.data.capability import CapabilityItem
+from locft_jax.data.packing import Corpus
 from locft_jax.data.requests import EditRequest
-from locft_jax.data.tokenize import check_prompts, encode_pairs, prompt_ids
+from locft_jax.data.tokenize import as_encoder, check_prompts, encode_pairs, prompt_ids
 from locft_jax.model.spec import ModelSpec
 
 NEW_TOKENS = 32
@@ -56,6 +57,7 @@ class Questions:
     prompts: list[list[int]]
     targets: list[list[int]]  # the target's ids; empty where there is no target
     choices: dict[int, tuple[str, ...]]  # probe -> choices that are scored by log-likelihood
+    choice_pairs: Corpus  # a text for each choice of each of these probes, in their order
 
     def free(self) -> list[int]:
         """The probes that are answered freely, without choices."""
@@ -72,49 +74,29 @@ class Answers:
     verified: int  # how many answers one forward pass over drafts verified
 
 
-def prepare(
-    tokenizer: Any, probes: Sequence[Probe], capability: Sequence[CapabilityItem], chat_template: bool = False
+def make_questions(
+    tokenizer: Any,
+    probes: Sequence[Probe],
+    capability: Sequence[CapabilityItem],
+    spec: ModelSpec,
+    chat_template: bool = False,
 ) -> Questions:
-    """Tokenize all probes and capability items once. Raises UserError as `encode_pairs` does."""
-    items = [Probe(item.task, CAPABILITY, item.prompt, item.answer) for item in capability]
-    every = [*probes, *items]
-    choices = {len(probes) + i: item.choices for i, item in enumerate(capability) if item.choices}
+    """Probes and capability items as token ids. Raises UserError, as `encode_pairs` does, for what could not
+    be asked: texts without tokens, longer than the model's context, or beyond its vocabulary."""
+    encoder = as_encoder(tokenizer)
+    every = [*probes, *(Probe(item.task, CAPABILITY, item.prompt, item.answer) for item in capability)]
+    limits: Any = {"max_length": spec.max_position, "vocab_size": spec.vocab_size}
     known = [i for i, p in enumerate(every) if p.target]
-    pairs = encode_pairs(
-        tokenizer,
-        [every[i].prompt for i in known],
-        [str(every[i].target) for i in known],
-        chat_template=chat_template,
-    )
-    prompts = prompt_ids(tokenizer, [p.prompt for p in every], chat_template)
+    texts = [every[i].prompt for i in known], [str(every[i].target) for i in known]
+    pairs = encode_pairs(encoder, *texts, chat_template=chat_template, **limits)
+    choices = {len(probes) + i: item.choices for i, item in enumerate(capability) if item.choices}
+    texts = [every[i].prompt for i in choices for _ in choices[i]], [c for i in choices for c in choices[i]]
+    choice_pairs = encode_pairs(encoder, *texts, **limits)
+    prompts = prompt_ids(encoder, [p.prompt for p in every], chat_template)
+    unknown = [i for i, p in enumerate(every) if not p.target]
+    check_prompts([every[i].prompt for i in unknown], [prompts[i] for i in unknown], **limits)
     targets: list[list[int]] = [[] for _ in every]
     for row, i in enumerate(known):
         ids = pairs.tokens[pairs.offsets[row] : pairs.offsets[row + 1]].tolist()
         prompts[i], targets[i] = ids[: pairs.target_start[row]], ids[pairs.target_start[row] :]
-    return Questions(every, prompts, targets, choices)
-
-
-def check_probes(
-    tokenizer: Any,
-    spec: ModelSpec,
-    probes: Sequence[Probe],
-    capability: Sequence[CapabilityItem],
-    chat_template: bool = False,
-) -> None:
-    """Raise UserError, before any weight is loaded, for what could not be asked: texts without tokens,
-    longer than the model's context, or beyond its vocabulary."""
-    known = [(p.prompt, p.target) for p in probes if p.target]
-    known += [(item.prompt, item.answer) for item in capability]
-    choices = [(item.prompt, c) for item in capability for c in item.choices]
-    for pairs, template in ((known, chat_template), (choices, False)):
-        prompts, targets = [p for p, _ in pairs], [t for _, t in pairs]
-        encode_pairs(
-            tokenizer,
-            prompts,
-            targets,
-            chat_template=template,
-            max_length=spec.max_position,
-            vocab_size=spec.vocab_size,
-        )
-    unknown = [p.prompt for p in probes if not p.target]
-    check_prompts(tokenizer, unknown, chat_template, spec.max_position, spec.vocab_size)
+    return Questions(every, prompts, targets, choices, choice_pairs)

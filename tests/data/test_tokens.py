@@ -114,7 +114,12 @@ def test_chat_template(tiny_tokenizer_dir):
         head, tail = halves(corpus, i)
         assert tokenizer.decode(head) == f"user: {prompt}\nmodel:"
         assert tokenizer.decode(tail) == target.strip() + "</s>"
-        assert head == tokenize.prompt_ids(tokenizer, [prompt], chat_template=True)[0]  # what evaluation asks with
+        asked = tokenize.prompt_ids(tokenizer, [prompt], chat_template=True)  # what evaluation asks with
+        assert [head] == asked
+
+
+def check_prompts(tokenizer, prompts, **limits):
+    tokenize.check_prompts(prompts, tokenize.prompt_ids(tokenizer, prompts), **limits)
 
 
 def test_texts_that_cannot_be_trained_on_are_named(tokenizer):
@@ -132,9 +137,9 @@ def test_texts_that_cannot_be_trained_on_are_named(tokenizer):
     with pytest.raises(UserError, match="the target of 'ab' -> 'é' has no tokens"):
         tokenize.encode_pairs(tokens_only_for_letters, ["ab"], ["é"])
     with pytest.raises(UserError, match="the prompt 'é' has no tokens"):
-        tokenize.check_prompts(tokens_only_for_letters, ["ab", "é"])
+        check_prompts(tokens_only_for_letters, ["ab", "é"])
     with pytest.raises(UserError, match=r"begins 'aaaaa.*\(2 such texts in all\).*holds 40"):
-        tokenize.check_prompts(tokenizer, ["x", long, long + "b"], max_length=40)
+        check_prompts(tokenizer, ["x", long, long + "b"], max_length=40)
 
 
 @pytest.mark.parametrize("kind", ["PanicException", "TypeError"])
@@ -155,10 +160,10 @@ def test_a_tokenizer_that_fails_at_a_text(kind):
 
 def test_ids_beyond_the_vocabulary_are_named_with_their_text(tokenizer):
     most = max(max(ids) for ids in tokenizer(PROMPTS)["input_ids"])
-    tokenize.check_prompts(tokenizer, PROMPTS, vocab_size=most + 1)
+    check_prompts(tokenizer, PROMPTS, vocab_size=most + 1)
     which = next(p for p in PROMPTS if most in tokenizer(p)["input_ids"])
     with pytest.raises(UserError) as error:
-        tokenize.check_prompts(tokenizer, PROMPTS, vocab_size=most)
+        check_prompts(tokenizer, PROMPTS, vocab_size=most)
     assert f"gives id {most} in the text that begins {which!r}, but its vocab_size is {most}" in str(
         error.value
     )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from locft_jax import Config
+from locft_jax import Config, prepare
 from locft_jax.cli.command import run_command
 from locft_jax.cli.edit import main as edit
 from locft_jax.data.requests import requests_from_records
@@ -384,7 +384,7 @@ def test_notes_on_what_preserves_nothing(changes, keys):
 def test_what_cannot_work_is_refused_before_weights_load(
     edit_arguments, tmp_path, capsys, monkeypatch, changes, says
 ):
-    monkeypatch.setitem(edit.__globals__, "load_opened", lambda *a: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(prepare, "load_opened", lambda *a: pytest.fail("weights were loaded"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "SHORT.txt").write_text("a\n")
     assert run_command(edit, edit_arguments(tmp_path / "out", **changes)) == 2

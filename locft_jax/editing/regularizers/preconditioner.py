@@ -42,8 +42,7 @@ from locft_jax.model.model import Model
 from locft_jax.model.sharding import fetch, place, replicated, tensor_spec
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import locate_tensor
-from locft_jax.run_identity import base_digest
-from locft_jax.versions import versions
+from locft_jax.run_identity import base_digest, versions
 
 DEFAULT_STRENGTH = {"soft": 10.0, "null": 0.9, "kfac": 1.0}
 LAST_STRENGTH = 3.0  # of soft where the last tokens count: prompts' ends are more alike than words are
@@ -59,7 +58,7 @@ def strength_of(config: Config) -> float | None:
     return LAST_STRENGTH if prompts else DEFAULT_STRENGTH.get(config.preserve)
 
 
-def told(config: Config, lambdas: Lambdas) -> dict[str, Any] | None:
+def describe(config: Config, lambdas: Lambdas) -> dict[str, Any] | None:
     """Method, strength, lambdas, weight of the divergence and source, for reports and deltas; or None."""
     if not preserves(config):
         return None

@@ -9,7 +9,7 @@ import numpy as np
 from locft_jax.config import Config
 from locft_jax.data.records import open_records
 from locft_jax.data.requests import EditRequest
-from locft_jax.data.tokenize import prompt_ids
+from locft_jax.data.tokenize import as_encoder, prompt_ids
 from locft_jax.errors import UserError
 from locft_jax.flat_yaml import shown
 from locft_jax.io.remote import open_file
@@ -127,17 +127,19 @@ def first_token(tokenizer: Any) -> int:
     return int(start)
 
 
-def check_retained(tokenizer: Any, spec: ModelSpec, config: Config, texts: Sequence[str] | None) -> None:
-    """Raise UserError where `retained_ids` would, or where texts have tokens that the model lacks; needs no
-    weights."""
-    if preserves(config) and texts is None:
-        first_token(tokenizer)
-    elif preserves(config):
-        _ids(tokenizer, spec, config, texts or ())
-
-
-def _ids(tokenizer: Any, spec: ModelSpec, config: Config, texts: Sequence[str]) -> list[list[int]]:
-    ids = prompt_ids(tokenizer, texts, config.chat_template)
+def encode_retained(
+    tokenizer: Any, spec: ModelSpec, config: Config, texts: Sequence[str] | None
+) -> list[list[int]] | None:
+    """Token ids of the retained texts, of those with two tokens or more: [] when nothing is retained, None
+    where the model itself is to write them. `texts` as from `retained_texts`. Raises UserError where none is
+    left or the model lacks a token of theirs, or where the model cannot write any."""
+    encoder = as_encoder(tokenizer)
+    if not preserves(config):
+        return []
+    if texts is None:
+        first_token(encoder.tokenizer)
+        return None
+    ids = prompt_ids(encoder, texts, config.chat_template)
     ids = [i[window(config, spec.max_position)] for i in ids if len(i) > 1]
     if not ids:
         raise UserError(f"preserve_data: {source_of(config)} holds no text of two tokens or more")
@@ -150,10 +152,6 @@ def _ids(tokenizer: Any, spec: ModelSpec, config: Config, texts: Sequence[str]) 
 
 
 def retained_ids(model: Model, config: Config, texts: Sequence[str] | None) -> list[list[int]]:
-    """Token ids of the retained texts, of those with two tokens or more; [] when nothing is retained. `texts`
-    as from `retained_texts`; without any, the model's own. Raises UserError where there are none."""
-    if not preserves(config):
-        return []
-    if texts is None:
-        return sample_model(model, config.seed)
-    return _ids(model.tokenizer, model.spec, config, texts)
+    """`encode_retained`, with the model's own texts where it is to write them."""
+    ids = encode_retained(model.tokenizer, model.spec, config, texts)
+    return sample_model(model, config.seed) if ids is None else ids

@@ -1,0 +1,101 @@
+"""What command lines have in common: one style of help, `key=value` overrides, checks before slow imports."""
+
+import argparse
+import difflib
+import itertools
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from locft_jax import __version__
+from locft_jax.config import ALIASES, KEYS, OVERRIDES, check_keys, key_lines, known_key, unknown_key
+from locft_jax.errors import UserError
+
+OVERRIDE = re.compile(r"\s*([A-Za-z_]\w*)\s*=")  # a word that may be an override, if its key is one
+
+
+class _HelpKeys(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
+        print(key_lines())
+        parser.exit()
+
+
+def new_parser(name: str, doc: str | None, words: str = "") -> argparse.ArgumentParser:
+    """The parser of `locft NAME`. `words`: what its positional arguments are apart from overrides; "" for a
+    command without a config."""
+    parser = argparse.ArgumentParser(prog=f"locft {name}".strip(), description=doc)
+    parser.add_argument("--version", action="version", version=f"locft-jax {__version__}")
+    if words:
+        parser.add_argument("words", nargs="*", metavar=words)
+        parser.add_argument("--set", metavar="key=value", help="the same as key=value alone")
+        parser.add_argument("--help-keys", action=_HelpKeys, nargs=0, help="every key, and exit")
+    return parser
+
+
+def parse_words(parser: argparse.ArgumentParser, argv: Sequence[str] | None, text: bool = False) -> Any:
+    """The command line, with its overrides as `pairs` and its other words as `rest`. After `--` nothing is an
+    override, and with `text` only what has a known key is one. Raises UserError for an unknown key."""
+    head, tail = _halves(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_intermixed_args(_without_set(head))
+    args.pairs, args.rest = split_words(args.words, text)
+    args.rest += tail
+    return args
+
+
+def parse_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Any:
+    """`parse_words` of a command with at most one other word, its `config`."""
+    args = parse_words(parser, argv)
+    if len(args.rest) > 1:
+        raise UserError(f"{OVERRIDES}: one config file, then key=value; given: {', '.join(args.rest)}")
+    args.config = args.rest[0] if args.rest else None
+    return args
+
+
+def split_words(words: Sequence[str], text: bool = False) -> tuple[list[str], list[str]]:
+    """(overrides, other words). Raises UserError for an override with an unknown key; with `text` only for
+    one that can hardly be anything else."""
+    pairs, rest = [], []
+    for word in words:
+        found = OVERRIDE.match(word)
+        if found and known_key(found[1]):
+            pairs.append(word)
+        elif found and (not text or _misspelt(found[1], word)):
+            raise unknown_key(found[1], OVERRIDES)
+        else:
+            rest.append(word)
+    return pairs, rest
+
+
+def check_early(argv: Sequence[str], text: bool) -> None:
+    """Raise UserError for what is wrong with overrides and config file, before anything slow is imported. One
+    of several processes says so later, to all of them."""
+    if os.environ.get("JAX_COORDINATOR_ADDRESS") or "--coordinator" in " ".join(argv):
+        return
+    head = _without_set(_halves(argv)[0])
+    values = {i + 1 for i, word in enumerate(head) if word.startswith("--") and "=" not in word}
+    pairs, rest = split_words([w for i, w in enumerate(head) if i not in values and w[:1] != "-"], text)
+    check_keys(next((word for word in rest if word.endswith((".yaml", ".yml"))), None), pairs)
+
+
+def _halves(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    end = list(argv).index("--") if "--" in argv else len(argv)
+    return list(argv[:end]), list(argv[end + 1 :])
+
+
+def _without_set(argv: Sequence[str]) -> list[str]:
+    """Words without `--set`, each of which must stand before an override."""
+    words = [word for given in argv for word in (given.split("=", 1) if given[:6] == "--set=" else [given])]
+    for word, after in itertools.pairwise([*words, ""]):
+        found = OVERRIDE.match(after)
+        if word == "--set" and not found:
+            raise UserError(f"--set {after}: expected key=value, for example learning_rate=5e-4")
+        if word == "--set" and found and not known_key(found[1]):
+            raise unknown_key(found[1], OVERRIDES)
+    return [word for word in words if word != "--set"]
+
+
+def _misspelt(name: str, word: str) -> bool:
+    near = difflib.get_close_matches(name, [*KEYS, *ALIASES], n=1, cutoff=0.75)
+    return bool(near) and not re.search(r"\s", word.strip())
