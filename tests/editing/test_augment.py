@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from locft_jax.editing.augment import STAND_IN, prefix_texts, training_prompts, 
 from locft_jax.editing.run import encode_requests
 from locft_jax.editing.step import batch_loss
 from locft_jax.evaluation.probes import make_probes
+from locft_jax.model.activation_cache import Inputs
 
 ONE = {"data": 1, "model": 1}
 
@@ -81,10 +83,11 @@ def test_the_texts_of_an_edit_weigh_as_one_edit(model, requests, texts_file, ave
     assert corpus.edit[which].tolist() == sorted(corpus.edit[which], key=edits.tolist().index)
     counts = [int((corpus.edit == e).sum()) for e in edits]
 
+    shape, compiled = fit_shape(corpus, [which], 64), jax.jit(batch_loss)
+
     def loss(corpus, which):
-        batch = pack(corpus, which, fit_shape(corpus, [which], 64), average)
-        tokens = jnp.asarray(corpus.tokens)
-        return float(batch_loss(model.spec, 0, {}, model.weights, {}, tokens, batch))
+        inputs = Inputs(jnp.asarray(corpus.tokens), 0)
+        return float(compiled({}, model.params, inputs, pack(corpus, which, shape, average)))
 
     alone = dataclasses.replace(corpus, edit=None)
     losses = [[loss(alone, np.array([i])) for i in corpus.examples_of(np.array([e]))] for e in edits]

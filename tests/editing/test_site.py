@@ -9,7 +9,7 @@ from locft_jax.editing.site import find_site, first_layer, materialize, paramete
 from locft_jax.errors import UserError
 from locft_jax.model.sharding import make_mesh, tensor_sharding
 from locft_jax.model.spec import parse_spec
-from locft_jax.model.weights import abstract_weights, locate_tensor, weight_table
+from locft_jax.model.weights import Params, abstract_weights, locate_tensor, weight_table
 
 
 def make_spec(layers=30, **changes):
@@ -127,7 +127,7 @@ def test_masters_are_float32_copies_where_the_table_puts_them(devices):
     weights = make_weights(spec, "bfloat16")
     kept = jax.tree.map(np.asarray, weights)
     site = (*find_site(spec, ["model.layers.{}.mlp"], [1]), "lm_head.weight", "model.norm.weight")
-    theta = read_site(spec, weights, site, mesh)
+    theta = read_site(Params(spec, weights), site, mesh, {})
     assert tuple(theta) == site
     for name, value in theta.items():
         row, layer = locate_tensor(spec, name)
@@ -145,20 +145,29 @@ def test_donating_masters_leaves_the_weights_alone():
     mesh = make_mesh({"data": 1, "model": 1}, jax.devices()[:1])
     weights = make_weights(spec, "float32")  # float32 already: still a copy
     for name in ("lm_head.weight", "model.layers.1.mlp.up_proj.weight"):
-        read_site(spec, weights, [name], mesh)[name].delete()
+        read_site(Params(spec, weights), [name], mesh, {})[name].delete()
     assert not any(a.is_deleted() for a in weights.values())
 
 
-def test_an_edited_models_own_matrices_are_read_and_trained_ones_stand_over_them():
+@pytest.mark.parametrize("host", [False, True])
+def test_values_to_start_with_come_before_the_frozen_ones(host):
     spec = make_spec(2)
     mesh = make_mesh({"data": 1, "model": 1}, jax.devices()[:1])
-    weights = make_weights(spec, "float32")
+    params = Params(spec, make_weights(spec, "float32"))
     name, other = (f"model.layers.1.mlp.{x}_proj.weight" for x in ("up", "down"))
-    base = {name: weights["up"][1] + 1, other: weights["down"][1] + 1}
-    theta = read_site(spec, weights, [name], mesh, base)
-    np.testing.assert_array_equal(theta[name], base[name])
-    theta[name].delete()
-    assert not base[name].is_deleted()
-    theta = {name: weights["up"][1]}
+    start = {name: params.weights["up"][1] + 1}
+    start = jax.tree.map(np.asarray, start) if host else start
+    expected = np.array(start[name])
+    theta = read_site(params, [name, other], mesh, start)
+    np.testing.assert_array_equal(theta[name], expected)
+    np.testing.assert_array_equal(theta[other], params.weights["down"][1])
+    theta[name].delete()  # a copy: what was given stays
+    np.testing.assert_array_equal(start[name], expected)
+
+
+def test_what_is_trained_replaces_the_overrides_that_the_model_carries():
+    name, other = (f"model.layers.1.mlp.{x}_proj.weight" for x in ("up", "down"))
+    base = {name: jnp.zeros((2, 2)), other: jnp.ones((2, 2))}
+    theta = {name: jnp.ones((2, 2))}
     edits = materialize(theta, base)
     assert edits[name] is theta[name] and edits[other] is base[other] and set(base) == {name, other}

@@ -29,16 +29,21 @@ from locft_jax.data.packing import (  # noqa: E402
     fit_shape,
 )
 from locft_jax.editing.site import find_site, first_layer, read_site  # noqa: E402
-from locft_jax.editing.step import EditState, Hyper, batch_loss, init_state, make_optimizer, train_step  # noqa: E402
-from locft_jax.editing.trainer import Schedule, run_pipeline  # noqa: E402
-from locft_jax.io import (
-    hf_folder,  # noqa: E402
-    hf_load,
+from locft_jax.editing.step import (  # noqa: E402
+    EditState,
+    Hyper,
+    Regularizers,
+    batch_loss,
+    init_state,
+    make_optimizer,
+    train_step,
 )
-from locft_jax.model.activation_cache import cached_source  # noqa: E402
+from locft_jax.editing.trainer import Job, Schedule, train  # noqa: E402
+from locft_jax.io import hf_folder, hf_load  # noqa: E402
+from locft_jax.model.activation_cache import Inputs, cached_source  # noqa: E402
 from locft_jax.model.sharding import make_mesh  # noqa: E402
 from locft_jax.model.spec import parse_spec  # noqa: E402
-from locft_jax.model.weights import abstract_weights  # noqa: E402
+from locft_jax.model.weights import Params, abstract_weights  # noqa: E402
 
 LAYERS, EXAMPLES, BATCH = 4, 23, 8  # 23 = 8 + 8 + 7: the last batch of every epoch is short
 
@@ -59,8 +64,7 @@ class Run:
 @dataclass(frozen=True)
 class World:
     model: Any  # the torch model
-    checkpoint: hf_folder.HFFolder
-    weights: dict[str, jax.Array]
+    params: Params
     mesh: jax.sharding.Mesh
     corpus: Corpus
     shape: Shape
@@ -70,7 +74,7 @@ class World:
 def world(torch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     model = make_family("llama", folder, num_hidden_layers=LAYERS)
-    checkpoint = hf_folder.open_folder(str(folder))
+    opened = hf_folder.open_folder(str(folder))
     mesh = make_mesh({"data": 1, "model": 1}, jax.devices()[:1])
     rng = np.random.default_rng(0)
     parts = [rng.integers(0, 96, rng.integers(6, 15)) for _ in range(EXAMPLES)]
@@ -79,23 +83,20 @@ def world(torch, tmp_path_factory):
     torch.set_num_threads(1)  # so small a model is faster without others
     batches = [b for e in range(60) for b in epoch_batches(EXAMPLES, BATCH, 0, e)]
     shape = fit_shape(corpus, batches, 32)  # one for all cases: they share what is compiled
-    yield World(model, checkpoint, hf_load.load_weights(checkpoint, mesh), mesh, corpus, shape)
+    yield World(model, Params(opened.spec, hf_load.load_weights(opened, mesh)), mesh, corpus, shape)
     torch.set_num_threads(threads)
 
 
 def run_ours(world, site, schedule, mode):
-    spec = world.folder.spec
-    layer = first_layer(spec, site) if mode != "off" else 0
-    source = cached_source(spec, world.weights, world.corpus, layer, mode, world.mesh, 32)
-    state = init_state(read_site(spec, world.weights, site, world.mesh))
-    records = []
-    out = run_pipeline(
-        spec, world.weights, state, world.corpus, source, schedule, world.mesh, records.append, world.shape
-    )
+    params = world.params
+    layer = first_layer(params.spec, site) if mode != "off" else 0
+    source = cached_source(params, world.corpus, layer, mode, world.mesh, 32)
+    job = Job(params, world.mesh, world.corpus, source, schedule, shape=world.shape)
+    out = train(job, init_state(read_site(params, site, world.mesh, {})))
     adam = next(s for s in jax.tree.leaves(out.state.optimizer, is_leaf=is_adam) if is_adam(s))
     return Run(
-        [r.loss for r in records],
-        [r.skipped for r in records],
+        [r.loss for r in out.records],
+        [r.skipped for r in out.records],
         out.epoch_losses,
         out.stopped,
         {name: np.asarray(a) for name, a in out.state.theta.items()},
@@ -117,7 +118,7 @@ def run_torch(torch, world, site, schedule):
     for p in tuned.values():
         p.requires_grad_(True)
     hyper, corpus = schedule.hyper, world.corpus
-    adam = torch.optim.Adam(tuned.values(), lr=hyper.lr, weight_decay=hyper.weight_decay)
+    adam = torch.optim.Adam(tuned.values(), lr=hyper.learning_rate, weight_decay=hyper.weight_decay)
     if schedule.pipeline == "depth":
         return run_torch_depth(torch, world, model, tuned, schedule)
     losses, skipped, epochs, stopped = [], [], [], "epochs"
@@ -170,7 +171,7 @@ def run_torch_depth(torch, world, model, tuned, schedule):
     first = {name: p.detach().clone() for name, p in tuned.items()}
     losses, skipped, last = [], [], []
     for start in range(0, len(corpus), schedule.batch_size):
-        adam = torch.optim.Adam(tuned.values(), lr=hyper.lr)
+        adam = torch.optim.Adam(tuned.values(), lr=hyper.learning_rate)
         which = np.arange(start, min(start + schedule.batch_size, len(corpus)))
         for _ in range(schedule.epochs):
             loss = torch_loss(torch, model, corpus, which, schedule.average)
@@ -207,9 +208,9 @@ def compare(
     torch, world, modules, layer, mode="off", average="example", epochs=7, pipeline="breadth", **hyper
 ):
     """Run both loops and hold every figure of one against the other's; theirs is returned."""
-    hyper = Hyper(**{"lr": 1e-2, "weight_decay": 0.0, "loss_floor": 1e-2, **hyper})
+    hyper = Hyper(**{"learning_rate": 1e-2, "weight_decay": 0.0, "loss_floor": 1e-2, **hyper})
     schedule = Schedule(BATCH, epochs, 0, average, 32, hyper, pipeline)
-    site = find_site(world.folder.spec, modules, [layer])
+    site = find_site(world.params.spec, modules, [layer])
     ours = run_ours(world, site, schedule, mode)
     theirs = run_torch(torch, world, site, schedule)
     # No loss lies so near the floor that rounding decides; else the case says nothing.
@@ -315,8 +316,8 @@ HYPER = Hyper(1e-3, 0.0, 1e-2)
 
 
 def abstract_step(int8=False):
-    """(state, weights, source, batch) of a step on WIDE, as shapes only."""
-    weights = abstract_weights(WIDE, jnp.dtype("float32"), int8)
+    """(state, params, inputs, batch) of a step on WIDE, as shapes only."""
+    params = Params(WIDE, abstract_weights(WIDE, jnp.dtype("float32"), int8))
     state = jax.eval_shape(init_state, {SITE: jax.ShapeDtypeStruct((512, 2048), jnp.float32)})
     ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     grid, listed = ints((1, 16)), ints((8,))
@@ -328,7 +329,7 @@ def abstract_step(int8=False):
         weight=jax.ShapeDtypeStruct((8,), jnp.float32),
         example=listed,
     )
-    return state, weights, ints((64,)), batch
+    return state, params, Inputs(ints((64,)), 0), batch
 
 
 def size(tree):
@@ -345,40 +346,44 @@ def extra_bytes(compiled):
 LIMIT = size(abstract_weights(WIDE, jnp.dtype("float32"))) / 8
 
 
+def compile_step(state, params, inputs, batch):
+    return train_step.lower(HYPER, state, params, inputs, batch, Regularizers()).compile()
+
+
 def test_only_the_site_has_a_gradient_and_the_state_is_donated():
-    state, weights, source, batch = abstract_step()
-    compiled = train_step.lower(WIDE, 0, HYPER, state, weights, {}, source, batch).compile()
+    state, params, *rest = abstract_step()
+    compiled = compile_step(state, params, *rest)
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= size(state)  # the new state lies where the old one lay
     assert memory.output_size_in_bytes < size(state) + 1024  # it and the loss
     # No gradient of frozen weights, nor a copy of those above the site, which the backward pass reads.
-    assert size(weights["down"]) > LIMIT
+    assert size(params.weights["down"]) > LIMIT
     assert extra_bytes(compiled) < LIMIT
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_stack_of_int8_weights_is_dequantized(dtype):
-    state, weights, source, batch = abstract_step(int8=True)
-    weights = {k: v if hasattr(v, "scale") else v.update(dtype=dtype) for k, v in weights.items()}
-    compiled = train_step.lower(WIDE, 0, HYPER, state, weights, {}, source, batch).compile()
+    state, params, *rest = abstract_step(int8=True)
+    weights = {k: v if hasattr(v, "scale") else v.update(dtype=dtype) for k, v in params.weights.items()}
+    compiled = compile_step(state, Params(WIDE, weights), *rest)
     assert extra_bytes(compiled) < size(weights["down"].values) * 4  # one stack of the MLP in float32
     stacks = set(re.findall(r"\b(\w+)\[48,\d+,\d+\]", compiled.as_text()))
     assert "s8" in stacks and not stacks & {"f32", "bf16"}
 
 
 def test_a_gradient_of_the_frozen_weights_would_show():
-    state, weights, source, batch = abstract_step()
+    state, params, *rest = abstract_step()
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def careless(state, weights, source, batch):
+    def careless(state, params, inputs, batch):
         """The same step, but it differentiates everything and drops what it does not need."""
-        own = lambda theta, weights: batch_loss(WIDE, 0, theta, weights, {}, source, batch)  # noqa: E731
-        loss, (grads, others) = jax.value_and_grad(own, argnums=(0, 1))(state.theta, weights)
+        own = lambda theta, params: batch_loss(theta, params, inputs, batch)  # noqa: E731
+        loss, (grads, others) = jax.value_and_grad(own, argnums=(0, 1))(state.theta, params)
         norm = optax.global_norm((grads, others))  # as clipping by the global norm would
         grads = jax.tree.map(lambda g: g / jnp.maximum(norm, 1), grads)
-        updates, optimizer = make_optimizer(HYPER).update(grads, state.optimizer, state.theta, loss=loss)
+        updates, optimizer = make_optimizer(HYPER, {}).update(grads, state.optimizer, state.theta, loss=loss)
         return EditState(optax.apply_updates(state.theta, updates), optimizer), loss
 
-    compiled = careless.lower(state, weights, source, batch).compile()
+    compiled = careless.lower(state, params, *rest).compile()
     assert compiled.memory_analysis().alias_size_in_bytes >= size(state)
     assert extra_bytes(compiled) > 8 * LIMIT

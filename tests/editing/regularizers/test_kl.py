@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from locft_jax import Config
-from locft_jax.editing.regularizers.kl import TEXTS, make_keep
+from locft_jax.editing.regularizers.kl import TEXTS, retain_batches
 from locft_jax.editing.step import divergence, target_logits
 from locft_jax.io.hf_load import load_model
 from locft_jax.model.activation_cache import Source
@@ -34,14 +34,15 @@ def ours(model, mode, layer, value, ids=IDS, tokens="all"):
     """(divergence, its gradient at SITE) of the first retained mini-batch."""
     source, budgets = Source(np.zeros((0, 1)), layer, mode), (0.0 if mode == "host" else 1e9, 1e9)
     config = Config(preserve_kl=2, row_length=32, preserve_tokens=tokens, preserve_data="templates")
-    kept = make_keep(model, [SITE], source, config, ids, budgets)(0)
+    retain = retain_batches(model, model.params, source, config, ids, budgets)(0)
 
-    def measure(value):
-        scores = target_logits(model.spec, layer, model.weights, {SITE: value}, kept.source, kept.batch)
-        return divergence(scores, kept)
+    @jax.jit
+    @jax.value_and_grad
+    def measure(value, params, retain):
+        return divergence(target_logits(params.over({SITE: value}), retain.inputs, retain.batch), retain)
 
-    assert kept.strength == 2
-    return jax.value_and_grad(measure)(value)
+    assert retain.strength == 2 and retain.inputs.layer == layer
+    return measure(value, model.params, retain)
 
 
 @pytest.mark.parametrize("tokens", ["all", "last"])
@@ -80,16 +81,18 @@ def test_the_base_model_has_no_divergence(model):
 def test_a_certain_token_gives_no_infinity(model, edited):
     """Logits a hundred times as large: the remainder's probability is 0 in float32."""
     sure = {**model.weights, "norm": 100 * model.weights["norm"]}
-    value, gradient = ours(dataclasses.replace(model, weights=sure), "device", 2, edited)
+    params = dataclasses.replace(model.params, weights=sure)
+    value, gradient = ours(dataclasses.replace(model, params=params), "device", 2, edited)
     assert np.isfinite(value) and value > 1 and np.isfinite(gradient).all()
 
 
 def test_mini_batches_return_in_turn_and_hold_every_text(model):
     ids = [[1 + i // 50, 2 + i % 50, 3] for i in range(2 * TEXTS + 5)]
-    keep = make_keep(model, [SITE], Source(None, 2, "off"), Config(preserve_kl=1), ids, (1e9, 1e9))
-    seen = [keep(visit) for visit in range(4)]
-    assert sum(int((kept.batch.example >= 0).sum()) for kept in seen[:3]) == 3 * len(ids)
+    given = (model, model.params, Source(None, 2, "off"))
+    retain = retain_batches(*given, Config(preserve_kl=1), ids, (1e9, 1e9))
+    seen = [retain(visit) for visit in range(4)]
+    assert sum(int((one.batch.example >= 0).sum()) for one in seen[:3]) == 3 * len(ids)
     for a, b in zip(jax.tree.leaves(seen[0]), jax.tree.leaves(seen[3]), strict=True):
         np.testing.assert_array_equal(a, b)
     assert not np.array_equal(seen[0].logp, seen[1].logp)
-    assert make_keep(model, [SITE], Source(None, 2, "off"), Config(), ids, (1e9, 1e9))(0) is None
+    assert retain_batches(*given, Config(), ids, (1e9, 1e9))(0) is None

@@ -11,22 +11,14 @@ import numpy as np
 import pytest
 
 from locft_jax.data.packing import Shape, corpus_from_lists, pack
+from locft_jax.editing.hooks import Hook, StepRecord
 from locft_jax.editing.site import find_site, read_site
 from locft_jax.editing.step import Hyper, init_state, train_step
-from locft_jax.editing.trainer import (
-    NonFiniteLoss,
-    Outcome,
-    Schedule,
-    StepRecord,
-    ahead,
-    place_batch,
-    run_pipeline,
-    run_shape,
-)
+from locft_jax.editing.trainer import Job, NonFiniteLoss, Outcome, Schedule, ahead, run_shape, train
 from locft_jax.model.activation_cache import cached_source
-from locft_jax.model.sharding import make_mesh, tensor_sharding
+from locft_jax.model.sharding import make_mesh, place_batch, tensor_sharding
 from locft_jax.model.spec import parse_spec
-from locft_jax.model.weights import abstract_weights, locate_tensor, weight_table
+from locft_jax.model.weights import Params, abstract_weights, locate_tensor, weight_table
 
 SPEC = parse_spec(
     {
@@ -78,15 +70,31 @@ class Run:
     mode: str
 
 
-def edit(mode, schedule, mesh_shape, weights=None, shape=None, corpus=CORPUS, base=None):
+def begin(mode, schedule, mesh_shape, weights=None, shape=None, corpus=CORPUS, overrides=None):
+    """(job, state before the first step)"""
     mesh, own = placed(mesh_shape)
-    weights, base = weights or own, base or {}
-    source = cached_source(SPEC, weights, CORPUS, 1, mode, mesh, schedule.row_length, base=base)
-    before, records = train_step._cache_size(), []
-    state = init_state(read_site(SPEC, weights, SITE, mesh, base))
-    out = run_pipeline(SPEC, weights, state, corpus, source, schedule, mesh, records.append, shape, base=base)
+    params = Params(SPEC, weights or own, overrides or {})
+    source = cached_source(params, CORPUS, 1, mode, mesh, schedule.row_length)
+    job = Job(params, mesh, corpus, source, schedule, shape=shape)
+    return job, init_state(read_site(params, SITE, mesh, params.overrides))
+
+
+class Seen(Hook):
+    """Keeps every record as it came."""
+
+    def __init__(self):
+        self.records = []
+
+    def on_step(self, record):
+        self.records.append(record)
+
+
+def edit(*args, **changes):
+    before, seen = train_step._cache_size(), Seen()
+    job, state = begin(*args, **changes)
+    out = train(job, state, hooks=[seen])
     theta = {name: np.asarray(a) for name, a in out.state.theta.items()}
-    return Run(records, out, theta, train_step._cache_size() - before, source.mode)
+    return Run(seen.records, out, theta, train_step._cache_size() - before, job.source.mode)
 
 
 @functools.cache
@@ -119,9 +127,8 @@ def test_every_path_is_the_same_edit(mode, row_length, mesh_shape):
 
 @pytest.mark.parametrize("mesh_shape", [ONE, *EIGHT])
 def test_tuned_tensors_and_moments_lie_where_the_table_puts_them(mesh_shape):
-    mesh, weights = placed(mesh_shape)
-    fresh = init_state(read_site(SPEC, weights, SITE, mesh))
-    for state in (fresh, run("device", 32, mesh_shape).outcome.state):
+    mesh, _ = placed(mesh_shape)
+    for state in (begin("off", SCHEDULE, mesh_shape)[1], run("device", 32, mesh_shape).outcome.state):
         found = jax.tree_util.tree_leaves_with_path(state)
         moments = [path for path, leaf in found if leaf.ndim]
         assert len(moments) == 3 * len(SITE)  # masters, first and second moments
@@ -179,7 +186,7 @@ def test_an_edit_of_an_edited_model_is_an_edit_of_weights_that_hold_those_edits(
     # Below the site (in what is cached), the site itself, and above it.
     names = [f"model.layers.{l}.mlp.down_proj.weight" for l in range(3)]
     base = {name: 0.5 * weights["down"][l] for l, name in enumerate(names)}
-    carried = edit("device", SCHEDULE, ONE, base=base)
+    carried = edit("device", SCHEDULE, ONE, overrides=base)
     written = edit("device", SCHEDULE, ONE, weights | {"down": 0.5 * weights["down"]})
     losses = [r.loss for r in written.records]
     np.testing.assert_allclose([r.loss for r in carried.records], losses, rtol=1e-5)
@@ -236,34 +243,33 @@ def test_depth_first_on_eight_devices(mesh_shape):
         assert np.linalg.norm(other.theta[name] - value) < 1e-3 * move
 
 
-class Kept:
-    """A keeper that keeps every state (on the host: the next step consumes it)."""
+class Kept(Hook):
+    """Keeps every state (on the host: the next step consumes it)."""
 
     def __init__(self):
         self.states = {}
 
-    def due(self, step):
+    def due(self, step, rounds):
         return True
 
-    def save(self, state, records):
+    def on_state(self, state, records):
         self.states[len(records)] = jax.tree.map(np.asarray, state), list(records)
 
 
-def test_depth_first_goes_on_from_any_step_bit_for_bit():
-    mesh, weights = placed(ONE)
-    source = cached_source(SPEC, weights, CORPUS, 1, "device", mesh, 32)
-    fresh = init_state(read_site(SPEC, weights, SITE, mesh))
-    like = jax.tree.map(lambda a: a.sharding, fresh)
-    kept = Kept()
-    whole = run_pipeline(SPEC, weights, fresh, CORPUS, source, DEPTH, mesh, keeper=kept)
-    assert whole.records == deep().records and len(kept.states) == len(whole.records)
+@pytest.mark.parametrize("schedule", [SCHEDULE, DEPTH], ids=["breadth", "depth"])
+def test_a_run_resumes_after_any_step_bit_for_bit(schedule):
+    job, fresh = begin("device", schedule, ONE)
+    like, kept = jax.tree.map(lambda a: a.sharding, fresh), Kept()
+    whole = train(job, fresh, hooks=[kept])
+    known = run(*PLAIN) if schedule is SCHEDULE else deep()
+    assert whole.records == known.records and len(kept.states) == len(whole.records)
+    last = len(whole.records)
     ends = [r.step for r in whole.records if r.skipped]  # nothing of the mini-batch is left to do
-    for step in {1, ends[0] - 1, ends[0], ends[0] + 1, len(whole.records)}:
+    for step in {1, ends[0] - 1, ends[0], ends[0] + 1, last} if ends else {1, 3, 5, last}:
         state, records = kept.states[step]
-        state = jax.tree.map(jax.device_put, state, like)
-        out = run_pipeline(SPEC, weights, state, CORPUS, source, DEPTH, mesh, done=records)
+        out = train(job, jax.tree.map(jax.device_put, state, like), records)
         assert (out.records, out.epoch_losses) == (whole.records, whole.epoch_losses)
-        for name, value in deep().theta.items():
+        for name, value in known.theta.items():
             assert np.array_equal(out.state.theta[name], value)
 
 
@@ -292,7 +298,7 @@ def test_a_diverging_run_names_its_epoch_and_step():
         edit("device", Schedule(8, 3, 0, "example", 32, wild), ONE, shape=shape, corpus=few)
 
 
-def test_a_batch_that_cannot_be_made_is_an_error_of_the_run(*PLAIN):
+def test_a_batch_that_cannot_be_made_is_an_error_of_the_run():
     threads = threading.active_count()
     with pytest.raises(AssertionError, match="run_shape"):
         edit("device", SCHEDULE, ONE, shape=Shape(1, 32, 16, 8))
@@ -307,14 +313,12 @@ def test_the_loop_moves_nothing_implicitly(mode, mesh_shape):
     """All threads are guarded. Batches and results move by `device_put` and `device_get`; a number or
     a numpy array handed to the compiled step would be an implicit transfer."""
     run(mode, 32, mesh_shape)  # compiled: tracing makes constants
-    mesh, weights = placed(mesh_shape)
-    source = cached_source(SPEC, weights, CORPUS, 1, mode, mesh, 32)
-    state = init_state(read_site(SPEC, weights, SITE, mesh))
+    job, state = begin(mode, SCHEDULE, mesh_shape)
     jax.config.update("jax_transfer_guard", "disallow")
     try:
         with pytest.raises(Exception, match="[Dd]isallowed"):
             jnp.sin(np.ones(3))  # the guard is on
-        out = run_pipeline(SPEC, weights, state, CORPUS, source, SCHEDULE, mesh)
+        out = train(job, state)
     finally:
         jax.config.update("jax_transfer_guard", "allow")
     assert len(out.records) == 9
