@@ -37,7 +37,8 @@ from locft_jax.run_identity import describe_run
 from locft_jax.studies.locate.compiled import counted
 from locft_jax.studies.locate.measure import Bench
 from locft_jax.studies.locate.places import MODULES, STUDIED, Place, Plan, make_plan
-from locft_jax.studies.locate.table import Table, finished, open_table, print_table, told, write_results
+from locft_jax.studies.locate.table import Table, finished, open_table, print_results, write_results
+from locft_jax.studies.tables import describe_figures
 
 EDITS, PROBES = 200, 1000  # the sample, where the config says nothing
 
@@ -106,7 +107,7 @@ def carry_out(args: argparse.Namespace) -> None:
             return
         with whole_folder(out) as folder:
             result = write_results(folder, table.lines, facts, run)
-    print_table(result, console)
+    print_results(result, console)
     console.print(f"{compilations}; {facts['seconds']:.0f} s")
     console.print(plain(f"written to {out}/: " + ", ".join(sorted(p.name for p in out.iterdir()))))
 
@@ -149,7 +150,7 @@ def measure_places(plan: Plan, bench: Bench, table: Table) -> None:
                     bar.skip()
                 else:
                     line = table.add(bench.measure(place))
-                    bar.advance(1, f"layer {place.layer} {place.module}: {told(line)}")
+                    bar.advance(1, f"layer {place.layer} {place.module}: {describe_figures(line)}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
