@@ -34,7 +34,7 @@ from locft_jax.io.hf_load import load_opened, load_tokenizer
 from locft_jax.logs import Bar, say
 from locft_jax.model.sharding import make_mesh
 from locft_jax.run_identity import describe_run
-from locft_jax.studies.locate.compiled import counted
+from locft_jax.studies.locate.compiled import compilations
 from locft_jax.studies.locate.measure import Bench
 from locft_jax.studies.locate.places import MODULES, STUDIED, Place, Plan, make_plan
 from locft_jax.studies.locate.table import Table, finished, open_table, print_results, write_results
@@ -85,7 +85,7 @@ def carry_out(args: argparse.Namespace) -> None:
     console.print(f"{len(data.requests)} edits, {len(probes) + len(capability)} probes, {plan.size()}")
 
     begin = time.monotonic()
-    with table.kept(), counted(table.folder / "compiled" if first else None) as compilations:
+    with table.kept(), compilations(table.folder / "compiled" if first else None) as compiled:
         model = load_opened(checkpoint, tokenizer, mesh, config.weights)
         asked = prepare(tokenizer, probes, capability, config.chat_template)
         prefixes = written_prefixes(model, config)
@@ -100,7 +100,7 @@ def carry_out(args: argparse.Namespace) -> None:
             "edits": len(data.requests),
             "probes": counts(asked),
             "before": bench.unedited(),
-            "compilations": dict(compilations.made),
+            "compilations": dict(compiled),
             "seconds": time.monotonic() - begin,
         }
         if not first:
@@ -108,7 +108,8 @@ def carry_out(args: argparse.Namespace) -> None:
         with whole_folder(out) as folder:
             result = write_results(folder, table.lines, facts, run)
     print_results(result, console)
-    console.print(f"{compilations}; {facts['seconds']:.0f} s")
+    steps, every = compiled["train_step"], compiled.total()
+    console.print(f"{steps} training steps and {every - steps} other programs; {facts['seconds']:.0f} s")
     console.print(plain(f"written to {out}/: " + ", ".join(sorted(p.name for p in out.iterdir()))))
 
 
