@@ -33,7 +33,7 @@ from locft_jax.errors import UserError
 from locft_jax.io.delta import BASE
 from locft_jax.model.spec import parse_spec
 from locft_jax.model.weights import weight_table
-from locft_jax.studies.locate.rule import FIGURES
+from locft_jax.studies.tables import FIGURES
 
 ROOT = Path(__file__).resolve().parents[1]
 WITHIN = 600  # seconds: no test waits longer for a process

@@ -34,10 +34,11 @@ from locft_jax.io.hf_load import load_opened, load_tokenizer
 from locft_jax.logs import Bar, say
 from locft_jax.model.sharding import make_mesh
 from locft_jax.run_identity import describe_run
-from locft_jax.studies.locate.compiled import counted
+from locft_jax.studies.locate.compiled import compilations
 from locft_jax.studies.locate.measure import Bench
 from locft_jax.studies.locate.places import MODULES, STUDIED, Place, Plan, make_plan
-from locft_jax.studies.locate.table import Table, finished, open_table, print_table, told, write_results
+from locft_jax.studies.locate.table import Table, finished, open_table, print_results, write_results
+from locft_jax.studies.tables import describe_figures
 
 EDITS, PROBES = 200, 1000  # the sample, where the config says nothing
 
@@ -84,7 +85,7 @@ def carry_out(args: argparse.Namespace) -> None:
     console.print(f"{len(data.requests)} edits, {len(probes) + len(capability)} probes, {plan.size()}")
 
     begin = time.monotonic()
-    with table.kept(), counted(table.folder / "compiled" if first else None) as compilations:
+    with table.kept(), compilations(table.folder / "compiled" if first else None) as compiled:
         model = load_opened(checkpoint, tokenizer, mesh, config.weights)
         prefixes = written_prefixes(model, config)
         corpus = encode_requests(tokenizer, data.requests, config, checkpoint.spec, prefixes)
@@ -98,15 +99,16 @@ def carry_out(args: argparse.Namespace) -> None:
             "edits": len(data.requests),
             "probes": counts(asked),
             "before": bench.unedited(),
-            "compilations": dict(compilations.made),
+            "compilations": dict(compiled),
             "seconds": time.monotonic() - begin,
         }
         if not first:
             return
         with whole_folder(out) as folder:
             result = write_results(folder, table.lines, facts, run)
-    print_table(result, console)
-    console.print(f"{compilations}; {facts['seconds']:.0f} s")
+    print_results(result, console)
+    steps, every = compiled["train_step"], compiled.total()
+    console.print(f"{steps} training steps and {every - steps} other programs; {facts['seconds']:.0f} s")
     console.print(plain(f"written to {out}/: " + ", ".join(sorted(p.name for p in out.iterdir()))))
 
 
@@ -148,7 +150,7 @@ def measure_places(plan: Plan, bench: Bench, table: Table) -> None:
                     bar.skip()
                 else:
                     line = table.add(bench.measure(place))
-                    bar.advance(1, f"layer {place.layer} {place.module}: {told(line)}")
+                    bar.advance(1, f"layer {place.layer} {place.module}: {describe_figures(line)}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

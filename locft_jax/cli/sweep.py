@@ -37,9 +37,9 @@ from locft_jax.logs import say
 from locft_jax.model.model import Model
 from locft_jax.model.sharding import make_mesh
 from locft_jax.run_identity import describe_run
-from locft_jax.studies.locate.table import told
 from locft_jax.studies.sweep.grid import Run, read_sweep
-from locft_jax.studies.sweep.table import RATES, Line, open_lines, print_table, write_results
+from locft_jax.studies.sweep.table import open_lines, print_results, write_results
+from locft_jax.studies.tables import RATES, Line, describe_figures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def carry_out(args: argparse.Namespace) -> None:
         if first:
             append_jsonl(folder / "runs.jsonl", line)
         lines[job.run.name] = line
-        console.print(plain("  " + told(line)))
+        console.print(plain("  " + describe_figures(line)))
     if not first:
         return
     ordered = [lines[job.run.name] for job in jobs]
@@ -114,7 +114,7 @@ def carry_out(args: argparse.Namespace) -> None:
             "known": known,
         }
         result = write_results(place, ordered, facts)
-    print_table(result, console)
+    print_results(result, console)
     console.print(plain(f"written to {out}/: " + ", ".join(sorted(p.name for p in out.iterdir()))))
 
 

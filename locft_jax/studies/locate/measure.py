@@ -24,7 +24,7 @@ from locft_jax.model.activation_cache import Source, advance, token_source
 from locft_jax.model.model import Model
 from locft_jax.model.weights import locate_tensor, put_tensors, take_tensor
 from locft_jax.studies.locate.places import Place
-from locft_jax.studies.locate.rule import FIGURES
+from locft_jax.studies.tables import FIGURES
 
 
 class Bench:

@@ -6,7 +6,7 @@ All strategies come as rounds: what the next round measures may follow from the 
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from locft_jax.editing.site import find_site
 from locft_jax.errors import UserError
 from locft_jax.model.spec import ModelSpec
 from locft_jax.studies.locate.rule import best
+from locft_jax.studies.tables import Line
 
 # method.md, Where to tune: the modules studied in the paper, then the other projections.
 MODULES = {
@@ -30,8 +31,6 @@ MODULES = {
     "o": "model.layers.{}.self_attn.o_proj.weight",
 }
 STUDIED = ("entire", "attention", "mlp", "up", "down")
-
-Line = Mapping[str, Any]  # one measured site: a line of sites.jsonl
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,10 +3,9 @@
 checkpoint/run.json      what the run is: another run must not go on from here
 checkpoint/before.json   the answers before any edit
 checkpoint/sites.jsonl   one line a site
-checkpoint/compiled/     compiled programs (locating/compiled.py)
+checkpoint/compiled/     compiled programs (compiled.py)
 """
 
-import csv
 import dataclasses
 import json
 import shutil
@@ -16,19 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table as RichTable
 
 from locft_jax import distributed
 from locft_jax.editing.checkpointer import open_folder, resumable
 from locft_jax.evaluation.probes import Answers
 from locft_jax.evaluation.report import plain
-from locft_jax.io.atomic import append_jsonl, kept_jsonl, write_json, write_whole_json
+from locft_jax.io.atomic import append_jsonl, kept_jsonl, write_whole_json
 from locft_jax.io.outputs import saved_something
 from locft_jax.run_identity import check_same
 from locft_jax.studies.locate.places import Place
-from locft_jax.studies.locate.rule import ranked, recommend, worth_showing
-
-Line = Mapping[str, Any]
+from locft_jax.studies.locate.rule import ranked, recommend
+from locft_jax.studies.tables import Line, percent, print_table, worth_showing, write_table
 
 
 class Table:
@@ -113,43 +110,30 @@ def write_results(
     folder: Path, lines: Sequence[Line], facts: Mapping[str, Any], run: Mapping[str, Any]
 ) -> dict[str, Any]:
     """sites.csv, sites.json, curves.png, heatmap.png; what sites.json holds."""
-    from locft_jax.studies.locate.figure import draw_curves, draw_heat_maps
+    from locft_jax.studies import figures
 
     names = list(dict.fromkeys(line["module"] for line in lines))
     lines = sorted(lines, key=lambda line: (line["layer"], names.index(line["module"])))
-    recommendation = recommend(lines, facts["before"])
-    result = {**facts, "recommendation": recommendation, "sites": lines, "run": dict(run)}
-    write_json(folder / "sites.json", result)
-    with (folder / "sites.csv").open("w", encoding="utf-8", newline="") as f:
-        rows = [{**line, **{f"seconds_{k}": v for k, v in line["seconds"].items()}} for line in lines]
-        writer = csv.DictWriter(f, [k for k in rows[0] if k != "seconds"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    top = recommend(lines, facts["before"])
+    result = {**facts, "recommendation": top, "sites": lines, "run": dict(run)}
+    rows = [{**line, **{f"seconds_{k}": v for k, v in line["seconds"].items()}} for line in lines]
+    write_table(folder, "sites", result, [{k: v for k, v in r.items() if k != "seconds"} for r in rows])
     title = f"{facts['edits']} edits in {Path(str(facts['model'])).name}"
-    top = recommendation["layer"], recommendation["module"]
-    draw_curves(lines, facts["before"], title, folder / "curves.png")
-    draw_heat_maps(lines, top, f"{title}; framed: the site to use", folder / "heatmap.png")
+    figures.save(figures.draw_curves(lines, facts["before"], title), folder / "curves.png")
+    heat = figures.draw_heat_maps(lines, (top["layer"], top["module"]), f"{title}; framed: the site to use")
+    figures.save(heat, folder / "heatmap.png")
     return result
 
 
-def told(line: Line) -> str:
-    """A line's figures in a few words."""
-    if line["reliability"] is None:
-        return "the loss was not finite"
-    shown = (f"{key} {100 * line[key]:.1f}" for key in worth_showing([line]))
-    return ", ".join(shown)
-
-
-def print_table(result: Mapping[str, Any], console: Console, count: int = 5) -> None:
+def print_results(result: Mapping[str, Any], console: Console, count: int = 5) -> None:
     """The first sites by the rule, and the recommendation with the lines to paste."""
-    table = RichTable(title=plain(f"the best of {len(result['sites'])} sites"), title_justify="left")
     keys = worth_showing(result["sites"])
-    for column in ("layer", "module", *keys):
-        table.add_column(column.replace("_", " "), justify="left" if column == "module" else "right")
-    percent = lambda value: "-" if value is None else f"{100 * value:.1f}"  # noqa: E731
-    table.add_row("-", "unedited", *(percent(result["before"][key]) for key in keys))
-    for line in ranked(result["sites"], count):
-        table.add_row(str(line["layer"]), plain(line["module"]), *(percent(line[key]) for key in keys))
-    console.print(table)
+    first = {**result["before"], "module": "unedited", "layer": "-"}
+    rows = [
+        {"module": line["module"], "layer": str(line["layer"])}
+        | {key.replace("_", " "): percent(line[key]) for key in keys}
+        for line in [first, *ranked(result["sites"], count)]
+    ]
+    print_table(f"the best of {len(result['sites'])} sites, %", rows, console)
     console.print(plain(f"Where to edit: {result['recommendation']['words']}"))
     console.print(f"\n{result['recommendation']['config']}\n")

@@ -4,13 +4,12 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from locft_jax.model.memory import Need, estimate, step_of
 from locft_jax.model.sharding import make_mesh, resolve_sizes
 from locft_jax.studies.plan.case import Case
-from locft_jax.studies.plan.programs import Program, programs
-from locft_jax.studies.plan.topology import GIB, Topology, tpu_devices
+from locft_jax.studies.plan.programs import Program, product_flops, programs
+from locft_jax.studies.plan.topology import Topology, tpu_devices
 
 Say = Callable[[str], None]
 OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]?) of")  # what the TPU's compiler says
@@ -25,7 +24,13 @@ class Usage:
     held: int | None  # inputs and outputs beside weights and tuned state, and what the run keeps meanwhile
     temporaries: int | None
     total: int
+    flops: int  # of one call's matrix products, on all chips together
     seconds: float  # that the compilation took
+
+    def at_least(self, topology: Topology) -> float | None:
+        """Seconds of one call with every chip at its peak rate, None where that is not known."""
+        peak = topology.chip.flops
+        return None if peak is None else self.flops / (peak * topology.count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,53 +111,18 @@ def compile_all(case: Case, outcome: Outcome, say: Say) -> Outcome:
 
 def compiled(program: Program) -> Usage:
     """What the program takes on each chip, by the compiler of its devices."""
-    begin = time.monotonic()
+    begin, traced = time.monotonic(), program.trace()
+    flops = product_flops(traced.jaxpr.jaxpr)
     try:
-        stats = program.lower().compile().memory_analysis()
+        stats = traced.lower().compile().memory_analysis()
     except RuntimeError as e:  # jax has no type of its own for this
         found = OUT_OF_MEMORY.search(str(e))
         if "RESOURCE_EXHAUSTED" not in str(e) or not found:
             raise
         total = int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) + program.beside
-        return Usage(program, None, None, total, time.monotonic() - begin)
+        return Usage(program, None, None, total, flops, time.monotonic() - begin)
     seconds = time.monotonic() - begin
     ends = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     held = ends - program.weights - program.tuned + program.beside
     temporaries = stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
-    return Usage(program, held, temporaries, ends + program.beside + temporaries, seconds)
-
-
-def as_record(outcome: Outcome) -> dict[str, Any]:
-    """What an outcome says, for `--json`: sizes in GiB a chip, times in seconds."""
-    topology = outcome.topology
-    gib = lambda size: None if size is None else round(size / GIB, 3)  # noqa: E731
-
-    def line(usage: Usage) -> dict[str, Any]:
-        program, bound = usage.program, usage.program.work.bound(topology.chip, topology.count)
-        return {
-            "program": program.name,
-            "weights": gib(program.weights),
-            "tuned": gib(program.tuned),
-            "held": gib(usage.held),
-            "temporaries": gib(usage.temporaries),
-            "total": gib(usage.total),
-            "headroom": gib(topology.memory - usage.total),
-            "flops": program.work.flops,
-            "bytes_read_a_chip": program.work.read,
-            "bytes_sent_a_chip": program.work.sent,
-            "seconds_at_least": None if bound is None else bound[0],
-            "limited_by": None if bound is None else bound[1],
-            "compile_seconds": round(usage.seconds, 1),
-        }
-
-    return {
-        "topology": topology.name,
-        "chips": topology.count,
-        "one_host": topology.one_host,
-        "mesh": outcome.mesh,
-        "chip_memory": gib(topology.memory),
-        "arithmetic": {k: gib(getattr(outcome.need, k)) for k in ("weights", "tuned", "step")},
-        "programs": [line(u) for u in outcome.usages],
-        "total": gib(outcome.total),
-        "fits": outcome.fits,
-    }
+    return Usage(program, held, temporaries, ends + program.beside + temporaries, flops, seconds)

@@ -1,16 +1,16 @@
-"""What a plan says: a table for people, a record for programs."""
+"""What a plan says: tables for people, a record for programs."""
 
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from locft_jax.evaluation.report import plain
 from locft_jax.studies.plan.case import Case
-from locft_jax.studies.plan.fit import Outcome, as_record
+from locft_jax.studies.plan.fit import Outcome, Usage
 from locft_jax.studies.plan.topology import GIB
+from locft_jax.studies.tables import print_table
 
 
 def as_report(
@@ -26,8 +26,8 @@ def as_report(
         "row_length": case.config.row_length,
         "tokens_an_edit": float(case.corpus.lengths.mean()),
         "notes": list(notes),
-        "plan": None if outcome is None else as_record(outcome),
-        "smallest_that_fits": None if other is None else as_record(other),
+        "plan": None if outcome is None else _outcome_record(outcome),
+        "smallest_that_fits": None if other is None else _outcome_record(other),
         "versions": {name: _version(name) for name in ("locft-jax", "jax", "jaxlib", "libtpu")},
     }
 
@@ -39,26 +39,77 @@ def _version(name: str) -> str | None:
         return None
 
 
+def _gib(size: float | None) -> float | None:
+    return None if size is None else round(size / GIB, 3)
+
+
+def _outcome_record(outcome: Outcome) -> dict[str, Any]:
+    """Sizes in GiB a chip, times in seconds."""
+    topology = outcome.topology
+    return {
+        "topology": topology.name,
+        "chips": topology.count,
+        "one_host": topology.one_host,
+        "mesh": outcome.mesh,
+        "chip_memory": _gib(topology.memory),
+        "arithmetic": {k: _gib(getattr(outcome.need, k)) for k in ("weights", "tuned", "step")},
+        "programs": [
+            {
+                "program": u.program.name,
+                **{k: _gib(size) for k, size in _sizes(outcome, u).items()},
+                "flops": u.flops,
+                "seconds_at_least": u.at_least(topology),
+                "compile_seconds": round(u.seconds, 1),
+            }
+            for u in outcome.usages
+        ],
+        "total": _gib(outcome.total),
+        "fits": outcome.fits,
+    }
+
+
+def _sizes(outcome: Outcome, usage: Usage | None) -> dict[str, float | None]:
+    """Bytes a chip of one program; of `None` those of the training step by arithmetic."""
+    need, memory = outcome.need, outcome.topology.memory
+    if usage is None:
+        own = {"weights": need.weights, "tuned": need.tuned, "held": None, "temporaries": need.step}
+        return {**own, "total": outcome.total, "headroom": memory - outcome.total}
+    own = {"weights": usage.program.weights, "tuned": usage.program.tuned, "held": usage.held}
+    return {**own, "temporaries": usage.temporaries, "total": usage.total, "headroom": memory - usage.total}
+
+
 def print_plan(case: Case, outcome: Outcome | None, other: Outcome | None, console: Console) -> None:
-    """The table of `outcome`, and whether it fits, else where it would."""
+    """The tables of `outcome`, and whether it fits, else where it would."""
     if outcome is None:
         return console.print("does not fit: no TPU slice known here is large enough")
-    topology = outcome.topology
+    topology, config, mesh = outcome.topology, case.config, outcome.mesh
     dtype = "int8" if case.int8 else str(case.dtype)
-    axes = f"data {outcome.mesh['data']} x model {outcome.mesh['model']}"
-    console.print(
-        plain(
-            f"{case.config.model_name_or_path}: {dtype} weights, {case.edits:,} edits, {len(case.site)} "
-            f"tensor(s) from {case.site[0]} on, batch {case.config.batch_size} in rows of "
-            f"{case.config.row_length}"
-        )
-    )
-    machine = f"{topology.count} chip(s)" + (" of one host" if topology.one_host else "")
-    console.print(f"{topology.name}: {machine} of {topology.memory / GIB:.4g} GiB, mesh {axes}")
-    console.print(_memory(outcome))
+    about = f"{config.model_name_or_path}: {dtype} weights, {case.edits:,} edits, {len(case.site)} tensor(s) "
+    about += f"from {case.site[0]} on, batch {config.batch_size} in rows of {config.row_length}"
+    console.print(plain(about))
+    chips = f"{topology.count} chip(s)" + (" of one host" if topology.one_host else "")
+    where = f"{topology.name}: {chips} of {topology.memory / GIB:.4g} GiB, mesh data {mesh['data']} x model "
+    console.print(where + str(mesh["model"]))
+    text = lambda size: "-" if size is None else f"{size / GIB:.2f}"  # noqa: E731
+    rows = []
+    for u in outcome.usages or (None,):
+        sizes = {key: text(size) for key, size in _sizes(outcome, u).items()}
+        rows.append({"program": u.program.name if u else "train step", **sizes})
+    print_table("GiB a chip" if outcome.usages else "GiB a chip, by arithmetic", rows, console)
     if outcome.usages:
-        console.print(_work(outcome))
+        print_table("one call", [_work(outcome, u) for u in outcome.usages], console)
     console.print(verdict(outcome, other))
+
+
+def _work(outcome: Outcome, usage: Usage) -> dict[str, str]:
+    """`at least`: with every chip at its peak rate."""
+    least = usage.at_least(outcome.topology)
+    return {
+        "program": usage.program.name,
+        "TFLOP": f"{usage.flops / 1e12:.1f}",
+        "at least": "-" if least is None else f"{1000 * least:.1f} ms",
+        "compiled": f"{usage.seconds:.0f} s",
+    }
 
 
 def verdict(outcome: Outcome, other: Outcome | None) -> str:
@@ -72,50 +123,3 @@ def verdict(outcome: Outcome, other: Outcome | None) -> str:
     axes = f"mesh={{data: {other.mesh['data']}, model: {other.mesh['model']}}}"
     sure = "" if other.usages else " by arithmetic"
     return f"does not fit: smallest topology that does{sure}: {other.topology.name} with {axes}"
-
-
-def _memory(outcome: Outcome) -> Table:
-    title = "GiB a chip" if outcome.usages else "GiB a chip, by arithmetic"
-    table = Table(title=title, title_justify="left")
-    columns = ("program", "weights", "tuned", "caches", "temporaries", "total", "headroom")
-    for name in columns:
-        table.add_column(name, justify="left" if name == "program" else "right")
-    memory = outcome.topology.memory
-
-    def add(name: str, *sizes: float | None) -> None:
-        table.add_row(name, *("-" if s is None else f"{s / GIB:.2f}" for s in sizes))
-
-    for u in outcome.usages:
-        add(
-            u.program.name,
-            u.program.weights,
-            u.program.tuned,
-            u.held,
-            u.temporaries,
-            u.total,
-            memory - u.total,
-        )
-    if not outcome.usages:
-        need = outcome.need
-        add(
-            "train step",
-            need.weights,
-            need.tuned,
-            None,
-            need.step,
-            outcome.total,
-            memory - outcome.total,
-        )
-    return table
-
-
-def _work(outcome: Outcome) -> Table:
-    table = Table(title="one call, by arithmetic", title_justify="left")
-    for name in ("program", "TFLOP", "GiB sent", "at least", "limited by", "compiled"):
-        table.add_column(name, justify="left" if name in ("program", "limited by") else "right")
-    for u in outcome.usages:
-        work, bound = u.program.work, u.program.work.bound(outcome.topology.chip, outcome.topology.count)
-        least, limit = ("-", "-") if bound is None else (f"{1000 * bound[0]:.1f} ms", bound[1])
-        row = (f"{work.flops / 1e12:.1f}", f"{work.sent / GIB:.3f}", least, limit, f"{u.seconds:.0f} s")
-        table.add_row(u.program.name, *row)
-    return table

@@ -1,6 +1,5 @@
-"""The lines of a sweep: kept one by one while it runs, written as a table and a picture when it is done."""
+"""The lines of a sweep: kept one by one while it runs, written as a table and pictures when it is done."""
 
-import csv
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -8,17 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from locft_jax.errors import UserError
 from locft_jax.evaluation.report import plain
-from locft_jax.io.atomic import kept_jsonl, write_json, write_whole_json
-from locft_jax.studies.locate.rule import FIGURES
-
-# Of a sweep's runs also the reliability where nothing but EOS ends an answer: what `append_eos` is for.
-RATES = (FIGURES[0], "reliability_eos_only", *FIGURES[1:])
-SHORT = dict(zip(RATES, ("rel.", "eos", "gen.", "loc.", "agr.", "cap."), strict=True))
-Line = Mapping[str, Any]
+from locft_jax.io.atomic import kept_jsonl, write_whole_json
+from locft_jax.studies.sweep import frontier
+from locft_jax.studies.tables import RATES, SHORT, Line, label, percent, print_table, write_table
 
 
 def open_lines(folder: Path, known: Mapping[str, str], resume: bool) -> dict[str, Line]:
@@ -62,63 +56,34 @@ def grouped(lines: Sequence[Line]) -> list[dict[str, Any]]:
 def write_results(folder: Path, lines: Sequence[Line], facts: Mapping[str, Any]) -> dict[str, Any]:
     """sweep.json, sweep.csv, sweep.png; where runs were measured as they went, dynamics.png; where they keep
     other knowledge in different ways, frontier.png. What sweep.json holds."""
-    from locft_jax.studies.sweep import frontier
-    from locft_jax.studies.sweep.figure import draw_dynamics, draw_sweep
+    from locft_jax.studies import figures
 
-    result: dict[str, Any] = {**facts, "rows": grouped(lines), "runs": list(lines)}
-    if frontier.is_frontier(result["rows"]):
-        result["recommendation"] = frontier.recommend(result["rows"])
-        frontier.draw_frontier(result["rows"], facts["title"], folder / "frontier.png")
-    write_json(folder / "sweep.json", result)
-    keys = list(lines[0]["settings"])
-    with (folder / "sweep.csv").open("w", encoding="utf-8", newline="") as f:
-        columns = [*keys, *RATES, "steps", "epochs", "stopped", "edit_seconds"]
-        writer = csv.DictWriter(f, columns, extrasaction="ignore")
-        writer.writeheader()
-        for line in lines:
-            settings = {k: v if isinstance(v, (str, int, float)) else json.dumps(v)
-                        for k, v in line["settings"].items()}  # fmt: skip
-            writer.writerow({**line, **settings})
-    draw_sweep(result["rows"], facts["before"], facts["title"], folder / "sweep.png")
+    rows, title = grouped(lines), facts["title"]
+    result: dict[str, Any] = {**facts, "rows": rows, "runs": list(lines)}
+    if frontier.is_frontier(rows):
+        result["recommendation"] = frontier.recommend(rows)
+        figures.save(figures.draw_frontier(rows, title), folder / "frontier.png")
+    columns = (*RATES, "steps", "epochs", "stopped", "edit_seconds")
+    write_table(folder, "sweep", result, [{**r["settings"], **{k: r[k] for k in columns}} for r in lines])
+    figures.save(figures.draw_sweep(rows, facts["before"], title), folder / "sweep.png")
     if any(line["dynamics"] for line in lines):
-        draw_dynamics(lines, facts["title"], folder / "dynamics.png")
+        figures.save(figures.draw_dynamics(lines, title), folder / "dynamics.png")
     return result
 
 
-def print_table(result: Mapping[str, Any], console: Console) -> None:
+def print_results(result: Mapping[str, Any], console: Console) -> None:
     """One row a setting: figures in percent, with their spread over seeds."""
-    rows = result["rows"]
-    shown = [key for key in RATES if any(row[key] is not None for row in rows)]
-    table = Table(title=plain(f"{result['title']}, %"), title_justify="left")
-    table.add_column("run")
-    for column in (*(SHORT[key] for key in shown), "steps", "seconds"):
-        table.add_column(column, justify="right", no_wrap=True)
-
-    def percent(value: float | None, spread: float | None = None) -> str:
-        if value is None:
-            return "-"
-        return f"{100 * value:.1f}" + ("" if spread is None else f"±{100 * spread:.1f}")
-
+    shown = [key for key in RATES if any(row[key] is not None for row in result["rows"])]
     number = lambda value: "-" if value is None else f"{value:,.0f}"  # noqa: E731
-    table.add_row("unedited", *(percent(result["before"].get(key)) for key in shown), "", "")
-    for row in rows:
-        rates = (percent(row[key], row[f"{key}_spread"]) for key in shown)
-        table.add_row(
-            plain(label(row["settings"])), *rates, number(row["steps"]), number(row["edit_seconds"])
-        )
-    console.print(table)
+    rows = [{"run": "unedited"} | {SHORT[k]: percent(result["before"].get(k)) for k in shown}]
+    rows[0] |= {"steps": "", "seconds": ""}
+    for row in result["rows"]:
+        rates = {SHORT[key]: percent(row[key], row[f"{key}_spread"]) for key in shown}
+        spent = {"steps": number(row["steps"]), "seconds": number(row["edit_seconds"])}
+        rows.append({"run": label(row["settings"]), **rates, **spent})
+    print_table(f"{result['title']}, %", rows, console)
     console.print("; ".join(f"{SHORT[key]} {key.replace('_', ' ')}" for key in shown))
     if "recommendation" in result:
         console.print(plain(f"What to use: {result['recommendation']['words']}"))
         for line in ["", *result["recommendation"]["config"].splitlines(), ""]:
             console.print(plain(line))
-
-
-def label(settings: Mapping[str, Any], without: str | None = None) -> str:
-    """A run's settings in few words: values, with their key where a value alone says nothing."""
-    parts = (
-        value if isinstance(value, str) else f"{key}={json.dumps(value)}"
-        for key, value in settings.items()
-        if key not in (without, "seed") and value is not None
-    )
-    return ", ".join(parts) or "all runs"

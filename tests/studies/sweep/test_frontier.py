@@ -1,13 +1,11 @@
-"""The frontier of a sweep over ways to preserve: the settings that are picked, the words, the picture."""
+"""The frontier of a sweep over ways to preserve: the settings that are picked, and the words."""
 
 import json
 
-import numpy as np
 import pytest
-from matplotlib.image import imread
 
-from locft_jax.studies.sweep.frontier import draw_frontier, is_frontier, method_of, pick, recommend
-from locft_jax.studies.sweep.table import print_table, write_results
+from locft_jax.studies.sweep.frontier import is_frontier, method_of, pick, recommend
+from locft_jax.studies.sweep.table import print_results, write_results
 
 
 def line(lr, reliability, generalization, agreement, preserve="none", strength=None, kl=None, capability=1.0):
@@ -40,12 +38,15 @@ def test_the_fewest_changed_answers_among_the_reliable_then_generalization():
 
 def test_words_compare_with_plain_at_its_best_and_give_lines_to_paste():
     found = recommend(RUNS)
-    assert "Plain LocFT-BF at its best" in found["words"] and "lr=0.002" in found["words"]
-    assert "4.0 % of the other answers change in place of 10.0 %" in found["words"]
+    assert found["words"] == (
+        'lr=0.004, soft, preserve_strength=10, preserve_kl=1.0: reliability 100.0, generalization 95.0, '
+        "locality 96.0, capability 100.0 %; plain at its best: lr=0.002, none: reliability 100.0, "
+        "generalization 92.0, locality 90.0, capability 100.0 %"
+    )
     assert found["config"] == "lr: 0.004\npreserve: soft\npreserve_strength: 10\npreserve_kl: 1.0"
     # A null is said too: the config that it is pasted into may have another value.
     assert recommend(RUNS[:3])["config"].endswith("preserve_strength: null\npreserve_kl: null")
-    assert "comes closest" in recommend(RUNS[:1])["words"]
+    assert "plain at its best" not in recommend(RUNS[:3])["words"]
 
 
 @pytest.mark.parametrize(
@@ -69,24 +70,13 @@ def test_only_sweeps_over_preserving_have_a_frontier():
     assert not is_frontier([{**run, "settings": {"lr": run["settings"]["lr"]}} for run in RUNS])
 
 
-def test_a_figure_that_was_not_measured_is_left_out(tmp_path):
-    runs = [{**RUNS[1], "generalization": None}, RUNS[0]]
-    draw_frontier(runs, "try", tmp_path / "frontier.png")
-    assert (tmp_path / "frontier.png").stat().st_size > 1000
-
-
 def test_the_sweep_writes_the_picture_and_says_what_to_use(tmp_path, capsys):
     from rich.console import Console
 
     before = {"reliability": 0.0, "locality_agreement": 1.0}
     result = write_results(tmp_path, RUNS, {"title": "try", "before": before})
     assert json.loads((tmp_path / "sweep.json").read_text())["recommendation"] == result["recommendation"]
-    bars = imread(tmp_path / "sweep.png")[..., :3]  # the rates have no strength in common to be drawn over
-    assert 0.01 < (bars < 0.99).any(axis=-1).mean() < 0.7
-    picture = imread(tmp_path / "frontier.png")[..., :3]
-    assert 0.01 < (picture < 0.99).any(axis=-1).mean() < 0.5
-    coloured = picture.max(-1) - picture.min(-1) > 0.3
-    assert len({tuple(np.round(c, 1)) for c in picture[coloured]}) >= 4  # a colour a method
-    print_table(result, Console(width=120))
+    assert {p.name for p in tmp_path.iterdir()} == {"sweep.json", "sweep.csv", "sweep.png", "frontier.png"}
+    print_results(result, Console(width=120))
     said = capsys.readouterr().out
     assert "What to use: " in said and "\npreserve_strength: 10\npreserve_kl: 1.0\n" in said

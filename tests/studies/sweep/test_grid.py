@@ -8,7 +8,8 @@ from locft_jax import UserError
 from locft_jax.config import DEMO_FOLDER
 from locft_jax.studies.sweep.frontier import method_of
 from locft_jax.studies.sweep.grid import read_sweep
-from locft_jax.studies.sweep.table import grouped, label
+from locft_jax.studies.sweep.table import grouped
+from locft_jax.studies.tables import label
 
 BASE = "model_name_or_path: m\ndata_path: d.json\n"
 
@@ -87,7 +88,7 @@ def test_a_label_names_what_a_value_alone_does_not_say():
     assert label({"seed": 1}) == "all runs"
 
 
-FILES = sorted((Path(__file__).resolve().parents[2] / "configs" / "paper").glob("*.yaml"))
+FILES = sorted((Path(__file__).resolve().parents[3] / "configs" / "paper").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

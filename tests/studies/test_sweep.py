@@ -4,12 +4,11 @@ import csv
 import json
 
 import pytest
-from matplotlib.image import imread
 
 from locft_jax.cli import sweep
 from locft_jax.cli.command import run_command
 from locft_jax.cli.edit import main as edit
-from locft_jax.studies.sweep.table import RATES
+from locft_jax.studies.tables import RATES
 
 GRID = "grid:\n  pipeline: [breadth, depth]\n  num_steps: [2, 4]\n"
 
@@ -54,9 +53,6 @@ def test_a_run_is_what_a_plain_edit_gives(run, edit_arguments, tmp_path):
 def test_what_a_sweep_leaves(run):
     names = {"sweep.json", "sweep.csv", "sweep.png", "dynamics.png"}
     assert {p.name for p in run.iterdir()} == names
-    for name in ("sweep.png", "dynamics.png"):
-        picture = imread(run / name)[..., :3]
-        assert 0.01 < (picture < 0.99).any(axis=-1).mean() < 0.7
     with (run / "sweep.csv").open(newline="") as f:
         rows = list(csv.DictReader(f))
     assert [(r["pipeline"], r["num_epochs"]) for r in rows] == [

@@ -6,7 +6,6 @@ import shutil
 
 import jax
 import pytest
-from matplotlib.image import imread
 
 from locft_jax.cli import locate
 from locft_jax.cli.command import run_command
@@ -85,8 +84,6 @@ def test_the_folder(run):
     assert [(int(r["layer"]), r["module"]) for r in rows] == PLACES
     for row, line in zip(rows, lines.values(), strict=True):
         assert {k: float(row[k]) for k in RATES} == {k: line[k] for k in RATES}
-    for name in ("curves.png", "heatmap.png"):
-        assert imread(run / name)[..., :3].std() > 0.05
     top = result["recommendation"]
     assert (top["layer"], top["module"]) in lines and result["layers"] == 3
     assert top["config"] == f"layer: {top['layer']}\nrewrite_module: {top['rewrite_module']}"

@@ -1,0 +1,231 @@
+"""The pictures of studies, rates in percent: curves over the layers, heat maps, sweeps, learning dynamics,
+the frontier of ways to preserve. Each function returns a figure that needs no display; `save` writes it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from locft_jax.studies.sweep.frontier import measured, method_of, pick
+from locft_jax.studies.tables import FIGURES, Line, label, worth_showing
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = "colorblind"  # of seaborn; markers tell the curves apart again
+GREY, FRAME = "#555555", "#D55E00"
+NAMED = 16  # layers up to which every cell of a heat map shows its number
+MOST = 8  # curves in a panel
+BELOW = 12  # points under the settings to use that the frontier reaches
+
+
+def draw_curves(lines: Sequence[Line], before: Mapping[str, float | None], title: str) -> "Figure":
+    """One panel a figure, one curve a module, over the layers; dashed: the unedited model."""
+    import seaborn as sns
+
+    keys, frame = worth_showing(lines), _percents(lines, "layer", "module")
+    figure, axes = _panels(len(keys), 2, (5.2, 3.4), sharex=True)
+    layers = sorted(frame["layer"].unique())
+    for axis, key in zip(axes, keys, strict=True):
+        sns.lineplot(frame, x="layer", y=key, hue="module", style="module", palette=COLOURS, markers=True,
+                     dashes=False, ax=axis)  # fmt: skip
+        axis.set(title=key.replace("_", " "), ylabel="%", xticks=layers[:: -(-len(layers) // NAMED)])
+        axis.tick_params(labelbottom=True)
+        axis.set_xlabel("layer", visible=True)
+        _unedited(axis.axhline, before.get(key))
+        _at_least_five_points(axis)
+    return _finished(figure, axes, title, columns=6)
+
+
+def draw_heat_maps(lines: Sequence[Line], top: tuple[int, str], title: str) -> "Figure":
+    """One panel a figure, layers across, modules down; the site `top` (layer, module) is framed."""
+    import seaborn as sns
+    from matplotlib.patches import Rectangle
+
+    keys, frame = worth_showing(lines), _percents(lines, "layer", "module")
+    modules, layers = list(frame["module"].unique()), sorted(frame["layer"].unique())
+    size = 2.8 + 0.55 * max(6, min(len(layers), 24)), 1.5 + 0.45 * len(modules)
+    figure, axes = _panels(len(keys), 2, size, style="ticks")
+    for axis, key in zip(axes, keys, strict=True):
+        values = frame.pivot(index="module", columns="layer", values=key).reindex(modules)
+        low, high = values.min(axis=None), values.max(axis=None)
+        low = min(low, (low + high) / 2 - 2.5)  # a difference of nothing must not look like one
+        sns.heatmap(values, vmin=low, vmax=max(high, low + 5), cmap="cividis", annot=len(layers) <= NAMED,
+                    fmt=".0f", cbar_kws={"fraction": 0.04, "pad": 0.02}, ax=axis)  # fmt: skip
+        axis.set(title=f"{key.replace('_', ' ')}, %", ylabel="", facecolor="#cccccc")  # grey: not measured
+        axis.tick_params(axis="both", labelrotation=0)
+        at = layers.index(top[0]), modules.index(top[1])
+        axis.add_patch(Rectangle(at, 1, 1, fill=False, edgecolor=FRAME, linewidth=3, clip_on=False))
+    return _finished(figure, axes, title)
+
+
+def horizontal(rows: Sequence[Line]) -> str | None:
+    """The key on the horizontal axis: a number in every row, the one with most different ones, three or more;
+    None where there is none, or where there would be more than MOST curves (bars then)."""
+    number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)  # noqa: E731
+    keys = [k for k in rows[0]["settings"] if all(number(row["settings"][k]) for row in rows)]
+    most = max(keys, key=lambda key: len({row["settings"][key] for row in rows}), default=None)
+    if most is None or len({row["settings"][most] for row in rows}) < 3:
+        return None
+    return most if len({label(row["settings"], most) for row in rows}) <= MOST else None
+
+
+def draw_sweep(rows: Sequence[Line], before: Mapping[str, float | None], title: str) -> "Figure":
+    """One panel a figure. Over the key with most numbers: one curve for every combination of the others; else
+    one bar a run. Error bars: the standard deviation over seeds. Dashed: the unedited model."""
+    keys, across = worth_showing(rows), horizontal(rows)
+    columns = 2 if len(keys) == 4 else 3
+    size = (5.2, 3.6) if across else (5.1, 1.1 + 0.42 * len(rows))
+    figure, axes = _panels(len(keys), columns, size, sharey=across is None)
+    for axis, key in zip(axes, keys, strict=True):
+        _sweep_curves(axis, rows, key, across) if across else _sweep_bars(axis, rows, key)
+        axis.set_title(key.replace("_", " "))
+        _unedited(axis.axhline if across else axis.axvline, before.get(key))
+        if across:
+            _at_least_five_points(axis)
+    return _finished(figure, axes, title, columns=3 if across else 0)
+
+
+def _sweep_curves(axis: "Axes", rows: Sequence[Line], key: str, across: str) -> None:
+    import seaborn as sns
+
+    names = list(dict.fromkeys(label(row["settings"], across) for row in rows))
+    values = sorted({row["settings"][across] for row in rows})
+    colours, markers = sns.color_palette(COLOURS, len(names)), "osD^vPX*"
+    for i, name in enumerate(names):
+        own = [r for r in rows if label(r["settings"], across) == name and r[key] is not None]
+        own.sort(key=lambda row: row["settings"][across])
+        spread = [100 * (r[f"{key}_spread"] or 0) for r in own]
+        axis.errorbar([r["settings"][across] for r in own], [100 * r[key] for r in own], spread, label=name,
+                      color=colours[i], marker=markers[i], capsize=3 if any(spread) else 0)  # fmt: skip
+    axis.set(xlabel=across.replace("_", " "), ylabel="%")
+    if values[0] > 0 and values[-1] / values[0] >= 5:
+        axis.set_xscale("log")
+    axis.set_xticks(values, [f"{value:g}" for value in values])
+    axis.set_xticks([], minor=True)
+
+
+def _sweep_bars(axis: "Axes", rows: Sequence[Line], key: str) -> None:
+    values = [float("nan") if row[key] is None else 100 * row[key] for row in rows]
+    spread = [100 * (row[f"{key}_spread"] or 0) for row in rows]
+    bars = axis.barh(range(len(rows)), values, xerr=spread if any(spread) else None, height=0.7, capsize=3)
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+    axis.bar_label(bars, fmt="%.1f", padding=4, fontsize=10, bbox=box)
+    axis.set_yticks(range(len(rows)), [label(row["settings"]) for row in rows])
+    axis.set(xlim=(0, 122), xticks=range(0, 101, 20), xlabel="%", ylim=(len(rows) - 0.5, -0.5))
+    axis.grid(visible=False, axis="y")
+
+
+def draw_dynamics(lines: Sequence[Line], title: str) -> "Figure":
+    """One panel a run: reliability of each fifth of the edits, in the order of the data, and of all, as the
+    run goes on (paper, learning dynamics)."""
+    import pandas as pd
+    import seaborn as sns
+
+    runs = [line for line in lines if line["dynamics"]]
+    figure, axes = _panels(len(runs), 2, (5.2, 3.4), sharey=True)
+    for axis, line in zip(axes, runs, strict=True):
+        looks = line["dynamics"]
+        steps = [look["step"] for look in looks]
+        parts = pd.DataFrame([look["shards"] for look in looks], steps, dtype=float)
+        parts.columns = [f"fifth {i + 1} of the edits" for i in parts.columns]
+        whole = [100 * look["figures"]["reliability"] for look in looks]
+        sns.lineplot(100 * parts, palette=COLOURS, markers=True, dashes=False, markersize=6, ax=axis)
+        axis.plot(steps, whole, color=GREY, linestyle="--", linewidth=2, label="all edits")
+        axis.set(title=label(line["settings"]), xlabel="steps", ylabel="reliability, %", ylim=(-3, 103))
+    return _finished(figure, axes, title, columns=3)
+
+
+def draw_frontier(rows: Sequence[Line], title: str) -> "Figure":
+    """Reliability and generalization over what was kept, a colour a method: every setting as a point, those
+    that no other setting of the method beats on both axes joined; ringed: the settings to use. What edits far
+    worse than these is outside the picture."""
+    import seaborn as sns
+
+    rows = measured(rows)
+    top, frame = pick(rows), _percents(rows)
+    frame["method"] = [method_of(row["settings"]) for row in rows]
+    methods = list(frame["method"].unique())
+    present = lambda *keys: [key for key in keys if frame[key].notna().any()]  # noqa: E731
+    pairs = [(x, y) for y in present("reliability", "generalization")
+             for x in present("locality_agreement", "capability")]  # fmt: skip
+    figure, axes = _panels(len(pairs), len(present("locality_agreement", "capability")), (5.4, 3.9))
+    for axis, (x, y) in zip(axes, pairs, strict=True):
+        known = frame.dropna(subset=[x, y])
+        own = {"x": x, "y": y, "hue": "method", "hue_order": methods, "palette": COLOURS, "ax": axis}
+        sns.lineplot(known[~_beaten(known, x, y)], estimator=None, legend=False, **own)
+        sns.scatterplot(known, style="method", style_order=methods, s=60, **own)
+        if top[x] is not None and top[y] is not None:
+            axis.plot(100 * top[x], 100 * top[y], "o", markersize=15, markerfacecolor="none",
+                      markeredgecolor="black", label="to use")  # fmt: skip
+            axis.set_ylim(bottom=max(axis.get_ylim()[0], 100 * top[y] - BELOW))
+        axis.set(xlabel=f"{x.replace('_', ' ')}, %", ylabel=f"{y}, %")
+    return _finished(figure, axes, title, columns=4)
+
+
+def _beaten(frame: "pd.DataFrame", x: str, y: str) -> Any:
+    """Which rows another of the same method beats on both axes, as a mask."""
+
+    def beaten(row: Any) -> bool:
+        own = frame[frame["method"] == row["method"]]
+        better = (own[x] >= row[x]) & (own[y] >= row[y]) & ((own[x] > row[x]) | (own[y] > row[y]))
+        return bool(better.any())
+
+    return frame.apply(beaten, axis=1)
+
+
+def save(figure: "Figure", out: Path) -> None:
+    """PNG."""
+    figure.savefig(out, dpi=110)
+
+
+def _percents(lines: Sequence[Line], *names: str) -> "pd.DataFrame":
+    """Figures in percent, NaN where not measured, beside the columns `names`."""
+    import pandas as pd
+
+    frame = pd.DataFrame([{key: line[key] for key in (*names, *FIGURES)} for line in lines])
+    return frame.assign(**{key: 100 * frame[key].astype(float) for key in FIGURES})
+
+
+def _panels(
+    count: int, columns: int, size: tuple[float, float], style: str = "whitegrid", **shared: Any
+) -> tuple["Figure", list["Axes"]]:
+    """A figure of `count` panels of so many inches each, at most `columns` beside each other."""
+    import seaborn as sns
+    from matplotlib.figure import Figure
+
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    with sns.axes_style(style), sns.plotting_context("notebook"):
+        figure = Figure(figsize=(size[0] * columns, size[1] * rows + 0.9), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False, **shared).reshape(-1)
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return figure, list(axes[:count])
+
+
+def _unedited(draw: Callable[..., Any], level: float | None) -> None:
+    """A dashed line at the unedited model's figure, if there is one."""
+    if level is not None:
+        draw(100 * level, color=GREY, linestyle="--", label="unedited")
+
+
+def _at_least_five_points(axis: "Axes") -> None:
+    """A difference of nothing must not look like one."""
+    low, high = axis.get_ylim()
+    if high - low < 5:
+        axis.set_ylim((low + high) / 2 - 2.5, (low + high) / 2 + 2.5)
+
+
+def _finished(figure: "Figure", axes: Sequence["Axes"], title: str, columns: int = 0) -> "Figure":
+    """The figure with its title, and one legend for all panels in so many columns (0: none)."""
+    shown: dict[str, Any] = {}
+    for axis in axes:
+        shown |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        if (own := axis.get_legend()) is not None:
+            own.remove()
+    if columns:
+        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=columns, frameon=False)
+    figure.suptitle(title)
+    return figure
