@@ -32,7 +32,7 @@ from locft_jax.io.hf_load import load_opened, load_tokenizer
 from locft_jax.io.hf_save import save_hf, save_hf_at
 from locft_jax.io.model_card import readme
 from locft_jax.io.remote import check_prefix, place
-from locft_jax.logs import say
+from locft_jax.logs import log
 from locft_jax.model.sharding import make_mesh
 from locft_jax.run_identity import describe_run, finished
 
@@ -40,7 +40,7 @@ from locft_jax.run_identity import describe_run, finished
 def main(argv: list[str] | None = None) -> None:
     """The command, in one process or as one of several."""
     args = parse(argv)
-    with distributed.joined(args, program=argv is None):
+    with distributed.joined(args):
         carry_out(args)
 
 
@@ -85,7 +85,7 @@ def carry_out(args: argparse.Namespace) -> None:
     checkpoints = open_run(out, config.checkpoint_every, run, args.resume)
     distributed.agree(last=True)
     for note in notes:
-        say(note)
+        log.warning(note)
     console.print(f"{len(data.requests)} edits, {len(site)} tensor(s) from {site[0]} on")
 
     with guarded(checkpoints):

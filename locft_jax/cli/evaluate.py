@@ -25,7 +25,7 @@ from locft_jax.run_identity import describe_run
 def main(argv: list[str] | None = None) -> None:
     """The command, in one process or as one of several."""
     args = parse(argv)
-    with distributed.joined(args, program=argv is None):
+    with distributed.joined(args):
         carry_out(args)
 
 
