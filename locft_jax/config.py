@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from locft_jax.errors import UserError
 from locft_jax.flat_yaml import is_null, read_yaml, shown, split_override
-from locft_jax.logs import say
+from locft_jax.logs import log
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 DEMO_CONFIG = DEMO_FOLDER / "demo.yaml"
@@ -331,7 +331,7 @@ def load_config(
         raise UserError(f"{where}: no model; set `model_name_or_path` to a folder or a Hub id")
     for name, note in IGNORED.items():
         if values.get(name) is not None:
-            say(f"`{name}: {shown(values[name])}` is ignored: {note}")
+            log.warning(f"`{name}: {shown(values[name])}` is ignored: {note}")
     return Config(**values, source="" if path is None else str(path))
 
 

@@ -1,125 +1,92 @@
 """One run in several processes, one a host of a TPU pod, each with the devices of its host.
 
-All of them run the same command on the same inputs, and every computation needs them all: what a clock, a
-signal, a disk or free memory says is agreed on before any acts on it. The first alone writes and prints.
-With one process nothing here does anything.
+All run the same command on the same inputs, and every computation needs them all: what a clock, a signal, a
+disk or free memory says is agreed on before any acts on it. The first alone writes and prints. With one
+process nothing here does anything. Where one dies or falls silent, `jax.distributed` aborts the others.
 """
 
 import argparse
 import json
 import os
-import signal
+import re
 import socket
-import subprocess
-import sys
-import threading
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NoReturn
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather, sync_global_devices
 
-from locft_jax import logs
 from locft_jax.errors import UserError, reason
+from locft_jax.logs import log
 
 HEARTBEAT = 30  # seconds after which a process that says nothing counts as dead
 PATIENCE = 300  # seconds that processes wait for each other when they begin
-CHILD = "LOCFT_JAX_CHILD"  # set in a supervised process: the pipe that tells it of its supervisor's end
-LOST = (
-    f"another process of this run died, cannot be reached or did not begin within {PATIENCE} s; its log says "
-    "why; an edit goes on from its last checkpoint with the same command and --resume on all hosts"
-)
+LOST = """another process of this run died, cannot be reached or did not begin; its log says why; an edit
+resumes from its last checkpoint with the same command and --resume on all hosts""".replace("\n", " ")
 SIGNS = ("Gloo", "NCCL", "coordination service", "heartbeat", "Connection", "UNAVAILABLE", "DEADLINE")
-
-
 _checking = True  # the others wait in `agree` for a process that meets wrong input
 
 
 class Agreed(UserError):
-    """Wrong input in one process, told to all."""
-
-
-# ---------------------------------------------------------------- how processes come and go
+    """Wrong input in one process, known to all."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags by which a command is told that it is one of several processes."""
-    add = parser.add_argument_group("several hosts (a TPU pod needs none of these)").add_argument
-    add("--coordinator", metavar="HOST:PORT", help="where process 0 is met (JAX_COORDINATOR_ADDRESS)")
-    add("--processes", metavar="N", help="how many there are (JAX_NUM_PROCESSES)")
-    add("--process", metavar="I", help="which one this is, from 0 on (JAX_PROCESS_ID)")
+    """The flags by which a command learns that it is one of several processes; else the environment says."""
+    group = parser.add_argument_group("several hosts (a TPU pod needs none of these)")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="process 0 (JAX_COORDINATOR_ADDRESS)")
+    group.add_argument("--processes", metavar="N", type=int, help="how many (JAX_NUM_PROCESSES)")
+    group.add_argument("--process", metavar="I", type=int, help="this one, from 0 on (JAX_PROCESS_ID)")
+    names = {"coordinator": "COORDINATOR_ADDRESS", "processes": "NUM_PROCESSES", "process": "PROCESS_ID"}
+    parser.set_defaults(**{flag: os.environ.get(f"JAX_{name}") or None for flag, name in names.items()})
 
 
 def parse_place(args: argparse.Namespace) -> dict[str, Any] | None:
-    """What `jax.distributed.initialize` is told: flags first, then the environment; {} on the hosts of a
-    TPU pod, where jax finds out by itself; None for a single process. Raises UserError."""
-    given = {
-        "--coordinator": args.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
-        "--processes": args.processes or os.environ.get("JAX_NUM_PROCESSES"),
-        "--process": args.process or os.environ.get("JAX_PROCESS_ID"),
-    }
-    missing = [flag for flag, value in given.items() if not value]
-    if len(missing) == 3:
+    """Arguments of `jax.distributed.initialize`; {} on the hosts of a TPU pod, where jax finds out by itself;
+    None for a single process. Raises UserError."""
+    address, count, number = given = (args.coordinator, args.processes, args.process)
+    if given == (None, None, None):
         return {} if pod_size() > 1 else None
-    if given["--processes"] == "1":
+    if count == 1:
         return None
-    if missing:
-        raise UserError(f"{missing[0]}: missing; {', '.join(given)} go together")
-    host, _, port = str(given["--coordinator"]).rpartition(":")
-    if not host or not port.isdecimal():
-        raise UserError(f"--coordinator: {given['--coordinator']!r} must be HOST:PORT, such as 10.0.0.2:8476")
-    count, number = (str(given[flag]) for flag in ("--processes", "--process"))
-    if not count.isdecimal() or not number.isdecimal() or int(number) >= int(count):
-        raise UserError(f"--process: {number} of {count} processes; they are counted from 0 to N - 1")
-    return {
-        "coordinator_address": given["--coordinator"],
-        "num_processes": int(count),
-        "process_id": int(number),
-    }
+    if None in given or not re.fullmatch(r".+:\d+", address) or not 0 <= number < count:
+        rule = "--coordinator HOST:PORT, --processes N and --process I (from 0 to N - 1) go together"
+        raise UserError(f"{rule}; given: {address}, {count}, {number}")
+    return {"coordinator_address": address, "num_processes": count, "process_id": number}
 
 
 def pod_size() -> int:
     """Hosts of the TPU slices that this machine is part of, as its environment (GKE) or its metadata server
     (a TPU VM) says; 1 where there is no TPU."""
-    platforms = os.environ.get("JAX_PLATFORMS")
-    if platforms and "tpu" not in platforms:
+    if "tpu" not in (os.environ.get("JAX_PLATFORMS") or "tpu"):
         return 1
-    names = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
+    names = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES") or ""
     if not names and "TPU_SKIP_MDS_QUERY" not in os.environ:  # jax sets it where it sees no TPU
         server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
         url = f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
-        request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
+        with suppress(OSError):
+            request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
             names = direct.open(request, timeout=5).read().decode()
-        except OSError:
-            names = ""
-    return len((names or "").split(",")) * int(os.environ.get("MEGASCALE_NUM_SLICES") or 1)
+    return len(names.split(",")) * int(os.environ.get("MEGASCALE_NUM_SLICES") or 1)
 
 
 @contextmanager
-def joined(args: argparse.Namespace, program: bool) -> Iterator[None]:
-    """Around a command that may be one of several processes; all of them leave it together. A `program`
-    (`python -m ...`) is then run by a supervisor, which ends with the program's status."""
-    place = parse_place(args)
-    if place is None:
+def joined(args: argparse.Namespace) -> Iterator[None]:
+    """Around a command that may be one of several processes; all of them leave it together."""
+    if (place := parse_place(args)) is None:
         yield
         return
-    if program and CHILD not in os.environ:
-        sys.exit(supervise([sys.executable, *sys.orig_argv[1:]]))
-    if CHILD in os.environ:
-        threading.Thread(target=_watch, args=(int(os.environ.pop(CHILD)),), daemon=True).start()
     connect(place)
     try:
         try:
             yield
-        except Agreed:
-            raise
         except UserError as e:
-            if _checking:
-                _exchange({}, str(e))  # where `agree` is in the others
+            if _checking and not isinstance(e, Agreed):
+                agree(wrong=str(e))  # where `agree` is in the others
             raise
     except Agreed:
         leave()
@@ -138,72 +105,28 @@ def connect(place: Mapping[str, Any]) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # Programs in flight together run in any order on a CPU, whose processes would wait for each other.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours (editing/checkpoint.py)
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours (editing/checkpointer.py)
+    waits: dict[str, Any] = {"initialization_timeout": PATIENCE, "heartbeat_timeout_seconds": HEARTBEAT}
     try:
-        jax.distributed.initialize(
-            **place,
-            initialization_timeout=PATIENCE,
-            heartbeat_timeout_seconds=HEARTBEAT,
-            shutdown_timeout_seconds=HEARTBEAT,
-        )
-    except ValueError as e:
-        raise UserError(
-            f"several hosts: jax does not see who they are ({reason(e)}); on a TPU pod install .[tpu], "
-            "elsewhere say --coordinator, --processes and --process"
-        ) from None
-    except RuntimeError as e:
-        raise ConnectionError(f"the processes of this run did not find each other ({reason(e)})") from None
-    logs.quiet = jax.process_index() > 0
-
-
-def supervise(command: list[str]) -> int:
-    """Run a process of several and wait for it: when another one dies jax aborts it in C++, where Python
-    has no say. Signals are passed on, and it ends with its supervisor. Its exit status; 1 after an abort."""
-    reader, writer = os.pipe()
-    # In a session of its own Ctrl-C reaches it once, through us.
-    child = subprocess.Popen(
-        command, env={**os.environ, CHILD: str(reader)}, pass_fds=[reader], start_new_session=True
-    )
-    os.close(reader)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda n, frame: child.send_signal(n))
-    status = child.wait()
-    os.close(writer)
-    if status == -signal.SIGABRT:
-        print(f"failed: {LOST}", file=sys.stderr)
-    elif status < 0:
-        print(f"failed: {signal.Signals(-status).name} ended this process", file=sys.stderr)
-    return max(status, 0) or int(status < 0)
-
-
-def _watch(pipe: int) -> None:
-    """Nothing is ever written to the pipe: reading ends when the supervisor does."""
-    os.read(pipe, 1)
-    os._exit(1)
+        jax.distributed.initialize(**place, **waits, shutdown_timeout_seconds=HEARTBEAT)
+    except (ValueError, RuntimeError) as e:  # a ValueError on a TPU pod whose jax lacks libtpu
+        hint = "on a TPU pod install .[tpu], elsewhere give --coordinator, --processes and --process"
+        raise ConnectionError(f"this process did not find the others ({reason(e)}); {hint}") from None
+    if jax.process_index():
+        log.setLevel("ERROR")  # the first alone speaks
+    log.info(f"{jax.process_count()} processes; should one die, jax aborts the others within {HEARTBEAT} s")
 
 
 def leave() -> None:
     """End together with the other processes, which come here too."""
     if several():
-        from jax.experimental.multihost_utils import sync_global_devices
-
         sync_global_devices("leave")
         jax.distributed.shutdown()
-
-
-def abandon(status: int) -> NoReturn:
-    """End without the other processes, which notice; Python's own end would wait for them."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def lost(error: Exception) -> bool:
     """Whether a computation failed because another process is gone."""
     return several() and isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
-
-
-# ---------------------------------------------------------------- what they agree on
 
 
 def several() -> bool:
@@ -216,81 +139,52 @@ def first() -> bool:
     return not several() or jax.process_index() == 0
 
 
-def gather(text: str) -> list[str]:
-    """What every process says, in their order. All must come here, as in every function below."""
+def gather(value: Any) -> list[Any]:
+    """Each process's value (of JSON types). All must come here, as in every function below."""
     if not several():
-        return [text]
-    from jax.experimental.multihost_utils import process_allgather
-
-    own = np.frombuffer(text.encode(), np.uint8)
+        return [value]
+    own = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = process_allgather(np.int32(own.size))
     room = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)  # few sizes: each is compiled
     room[: own.size] = own
     rows = process_allgather(room)
-    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def from_first(value: Any) -> Any:
     """The first process's value (of JSON types) in all of them."""
-    return json.loads(gather(json.dumps(value) if first() else "")[0]) if several() else value
+    return gather(value if first() else None)[0]
 
 
 def array_from_first(value: np.ndarray) -> np.ndarray:
-    """The first process's array, bit for bit, in all of them: they give one of its shape and dtype, of 4
-    bytes an element."""
+    """The first process's array (4 bytes an element) in all of them, bit for bit: a sum would lose -0.0."""
     if not several():
         return value
-    from jax.experimental.multihost_utils import broadcast_one_to_all
-
     bits = broadcast_one_to_all(np.ascontiguousarray(value).reshape(-1).view(np.uint32))
     return np.asarray(bits).view(value.dtype).reshape(value.shape)
 
 
 def any_of(*flags: bool) -> tuple[bool, ...]:
     """Of each flag, whether any process has set it."""
-    if not several():
-        return flags
-    from jax.experimental.multihost_utils import process_allgather
-
-    return tuple(bool(f) for f in process_allgather(np.array(flags)).any(axis=0))
+    return tuple(process_allgather(np.array(flags)).any(axis=0).tolist()) if several() else flags
 
 
 def least(*numbers: float) -> tuple[float, ...]:
     """Of each number the smallest that any process has."""
-    return tuple(map(min, zip(*map(json.loads, gather(json.dumps(numbers))), strict=True)))
+    return tuple(map(min, zip(*gather(numbers), strict=True)))
 
 
-def agree(given: Mapping[str, Any] | None = None, last: bool = False) -> None:
+def agree(given: Mapping[str, Any] | None = None, last: bool = False, wrong: str | None = None) -> None:
     """The end of a round of checks, of the `last` one before the work itself: go on together, or raise the
-    UserError that any process has met. Inputs (of JSON types) that are not the same in all of them are one
-    too."""
+    UserError that any process has met. Inputs (of JSON types) that differ between them are one too."""
     global _checking
-    if several():
-        _exchange(given or {}, None)
-    _checking = not last
-
-
-def _exchange(given: Mapping[str, Any], wrong: str | None) -> None:
-    said = [json.loads(text) for text in gather(json.dumps([wrong, given]))]
-    messages = [message for message, _ in said]
-    for number, message in enumerate(messages):
+    heard = gather([wrong, given or {}])
+    for number, (message, _) in enumerate(heard):
         if message is not None:
-            raise Agreed(message if not number else f"process {number}: {message}")
-    for number, (_, other) in enumerate(said):
-        own = said[0][1]
-        keys = dict.fromkeys([*own, *other])
-        differ = [
-            f"{k}: {str(own.get(k))[:80]} / {str(other.get(k))[:80]}"
-            for k in keys
-            if own.get(k) != other.get(k)
-        ]
-        if differ:
-            lines = "\n  ".join(differ)
-            raise Agreed(f"processes 0 and {number} were not given the same:\n  {lines}")
-
-
-def alone() -> Any:
-    """orbax's options for what the first process does without the others."""
-    import orbax.checkpoint as ocp
-
-    return ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+            raise Agreed(f"process {number}: {message}" if number else message)
+    own = heard[0][1]
+    for number, (_, other) in enumerate(heard):
+        pairs = {key: (own.get(key), other.get(key)) for key in [*own, *other]}
+        if differ := [f"\n  {k}: {str(a)[:80]} / {str(b)[:80]}" for k, (a, b) in pairs.items() if a != b]:
+            raise Agreed(f"processes 0 and {number} were not given the same:{''.join(differ)}")
+    _checking = not last

@@ -1,79 +1,83 @@
-"""Progress with ETA: a bar on a terminal, a plain line now and then elsewhere."""
+"""The package's logger, its handler for a terminal, and a progress bar with ETA."""
 
+import logging
 import sys
-import time
-from types import TracebackType
+from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tqdm import tqdm
 
 from locft_jax.errors import printable
 
-LINE_EVERY = 10.0  # seconds between plain lines
-quiet = False  # set where another process of the same run speaks (hosts.py)
+LINE_EVERY = 10.0  # seconds between progress lines where stderr is no terminal
+PLAIN = "{desc}: {n_fmt}/{total_fmt} ({percentage:.0f} %), {elapsed} gone, {remaining} left{postfix}"
+
+log = logging.getLogger("locft_jax")
+say = log.warning
 
 
-def say(text: str) -> None:
-    """A note that a run gives on its way."""
-    if not quiet:
-        print(f"note: {printable(text)}", file=sys.stderr, flush=True)
+class Terminal(logging.Handler):
+    """Plain lines on stderr: a warning is a note to the user. Other libraries' records take one line, without
+    the traceback: commands end with a message of their own that says what to do."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.name.split(".")[0] != log.name:
+            text = f"{record.name}: {text.splitlines()[0] if text else ''}"
+        mark = "note: " if record.levelno == logging.WARNING else ""
+        print(f"{mark}{printable(text)}", file=sys.stderr, flush=True)
 
 
-class Bar:
-    """`with Bar("editing", total) as bar: bar.advance(n, "loss 0.1")`; quiet when `show` is false."""
+def log_to_terminal() -> None:
+    """For commands: notes and progress of this package and warnings of others, on stderr."""
+    if not any(isinstance(handler, Terminal) for handler in logging.root.handlers):
+        logging.root.addHandler(Terminal())
+    log.setLevel(logging.INFO)
+
+
+class Lines:
+    """A file for tqdm: what would overwrite the line before becomes a line of its own."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip():
+            print(text, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
+class Bar(tqdm):
+    """`with Bar("editing", total) as bar: bar.advance(n, "loss 0.1")`: a bar on a terminal, elsewhere a line
+    now and then; nothing without `show`, or where another process of the run speaks."""
+
+    monitor_interval = 0  # no thread of its own
+    n: int
+    last_print_n: int
+    warm: tuple[float, int] | None = None  # when, and with how many units, the first ones were done
 
     def __init__(self, label: str, total: int, show: bool = True) -> None:
-        self.label, self.total, self.done, self.skipped = label, max(1, total), 0, 0
-        self.begin = self.said = time.monotonic()
-        show = show and not quiet
-        self.tty = show and sys.stderr.isatty()
-        self.plain = show and not self.tty
-        if self.tty:
-            from rich.console import Console
-
-            columns = (
-                TextColumn("{task.description:<12}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
-            self.bar = Progress(*columns, console=Console(stderr=True))
-            self.task = self.bar.add_task(label, total=self.total, note="")
-
-    def __enter__(self) -> "Bar":
-        if self.tty:
-            self.bar.start()
-        return self
+        options: dict[str, Any] = {"file": sys.stderr, "dynamic_ncols": True}
+        if not sys.stderr.isatty():
+            options = {"file": Lines(), "bar_format": PLAIN, "mininterval": LINE_EVERY, "delay": LINE_EVERY}
+        shown = show and log.isEnabledFor(logging.WARNING)
+        super().__init__(desc=label, total=max(1, total), miniters=1, disable=not shown, **options)
 
     def skip(self, count: int = 1) -> None:
-        """`count` units were done earlier: they count as done, but not for the rate."""
-        self.done, self.skipped = self.done + count, self.skipped + count
-        if self.tty:
-            self.bar.update(self.task, completed=self.done)
+        """`count` units were done earlier."""
+        if not self.disable:
+            self.n, self.last_print_n = self.n + count, self.last_print_n + count
+            self.warm = self.warm and (self.warm[0], self.warm[1] + count)
 
     def rate(self) -> float:
-        """Units a second so far."""
-        return (self.done - self.skipped) / max(1e-9, time.monotonic() - self.begin)
+        """Units a second since the first ones, which compile; 0 until then, or where nothing is shown."""
+        return (self.n - self.warm[1]) / max(1e-9, self._time() - self.warm[0]) if self.warm else 0.0
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        return {**super().format_dict, "rate": self.rate()}
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """`count` more units are done; `note` stands behind the bar."""
-        self.done += count
-        now = time.monotonic()
-        if self.tty:
-            self.bar.update(self.task, advance=count, note=note)
-        elif self.plain and now - self.said >= LINE_EVERY:
-            self.said = now
-            left = (self.total - self.done) / max(1e-9, self.rate())
-            share = 100 * self.done // self.total
-            print(
-                f"{self.label}: {self.done}/{self.total} ({share} %)  {left:.0f} s left  {note}",
-                file=sys.stderr,
-            )
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.tty:
-            self.bar.stop()
-        elif self.plain and time.monotonic() - self.begin >= LINE_EVERY:
-            print(f"{self.label}: {self.done} in {time.monotonic() - self.begin:.0f} s", file=sys.stderr)
+        if not self.disable:
+            self.set_postfix_str(note, refresh=False)
+            self.update(count)
+            self.warm = self.warm or (self._time(), self.n)

@@ -23,7 +23,7 @@ from locft_jax.io.delta import Delta, fingerprint
 from locft_jax.io.hf_folder import HFFolder, read_part, read_tensor
 from locft_jax.io.outputs import saved_something
 from locft_jax.io.remote import Remote, in_parallel
-from locft_jax.logs import say
+from locft_jax.logs import log
 
 # Keys that change nothing in a run's result: what they were may differ when a run goes on.
 FREE_KEYS = ("model_name_or_path", "data_path", "output_dir", "capability_data", "device",
@@ -114,4 +114,4 @@ def check_same(found: Mapping[str, Any], run: Mapping[str, Any], where: Path | R
             "use the settings, data and model of that run, or another --out"
         )
     if "versions" in found and found["versions"] != run["versions"]:
-        say("resuming with other versions of the libraries: the result may differ in its last bits")
+        log.warning("resuming with other versions of the libraries: the result may differ in its last bits")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,9 +26,11 @@ os.environ.update(
 for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):
     os.environ.pop(name, None)
 # Compilation is most of the time of a test that edits: one cache for all workers and subprocesses.
-COMPILED = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "locft-jax-compiled"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "locft-jax-compiled"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+sys.path.insert(0, str(Path(__file__).parent))  # forked.py, also for the process that it forks from
 
 # The same examples in every run, and no deadline: a first call compiles.
 settings.register_profile("tests", deadline=None, derandomize=True, database=None)

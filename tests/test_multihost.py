@@ -1,7 +1,6 @@
 """One run in several processes: real ones, on this machine, with 4 fake devices each.
 
-The reference is the same run in this process on one device. Processes are dear (each imports jax twice, for
-its supervisor and for itself), so one pair runs several commands.
+The reference is the same run in this process on one device. One pair runs several commands.
 """
 
 import argparse
@@ -12,10 +11,7 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
-from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -23,6 +19,7 @@ from threading import Thread
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from forked import WITHIN, Forked, one_of_several
 from safetensors.numpy import load_file
 
 from locft_jax import distributed
@@ -35,8 +32,6 @@ from locft_jax.model.spec import parse_spec
 from locft_jax.model.weights import weight_table
 from locft_jax.studies.tables import FIGURES
 
-ROOT = Path(__file__).resolve().parents[1]
-WITHIN = 600  # seconds: no test waits longer for a process
 SHORT = {"num_steps": 4, "loss_floor": 0, "checkpoint_every": 3}  # 12 steps, and one in four is kept
 MESHES = {"data": "{data: 2, model: 4}", "model": "{data: 1, model: 8}"}  # what crosses processes
 # What each of them runs, and on one device.
@@ -45,110 +40,29 @@ RUNS = {
     "model": {**SHORT, "prefix_cache": "disk", "preserve": "kfac", "preserve_kl": 1},
 }
 
-# Runs commands (JSON: name, arguments) one after another, having joined once, and counts the bytes that it
-# loads; torch is hidden because transformers would take seconds to import it.
-PROGRAM = """\
-import argparse, importlib, json, os, signal, sys
-sys.modules["torch"] = None
-import jax
-from locft_jax import hosts
-from locft_jax.commands import run_command
-from locft_jax.editing import pipeline
-from locft_jax.model import hf
-
-jobs, stop_at, heartbeat = json.loads(sys.argv.pop(1))
-distributed.HEARTBEAT = heartbeat or distributed.HEARTBEAT
-record = trainer.StepRecord
-
-def stopping(epoch, step, *rest):  # a TPU that is preempted
-    if step == stop_at:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return record(epoch, step, *rest)
-
-if stop_at:
-    trainer.StepRecord = stopping
-
-make, load = jax.make_array_from_callback, hf.load_weights
-
-def load_weights(*arguments, **more):
-    sizes = []
-    def counted(shape, sharding, callback):
-        def own(index):
-            part = callback(index)
-            sizes.append(part.nbytes)
-            return part
-        return make(shape, sharding, own)
-    jax.make_array_from_callback = counted
-    weights = load(*arguments, **more)
-    jax.make_array_from_callback = make
-    with open(f"loaded-{jax.process_index()}", "a") as f:
-        print(sum(sizes), file=f)
-    return weights
-
-hf.load_weights = load_weights
-names = ("edit", "evaluate", "locate", "sweep")
-modules = {name: importlib.import_module("locft_jax." + name) for name in names}
-
-def main(argv):
-    parser = argparse.ArgumentParser()
-    distributed.add_flags(parser)
-    with distributed.joined(parser.parse_args(argv), program=True):
-        for name, arguments in jobs:
-            modules[name].carry_out(modules[name].parse(arguments))
-
-sys.exit(run_command(main))
-"""
-
 
 class Pair:
     """Two processes of one run. `jobs[i]`: the commands of process i; the second one is told its place by
     the environment."""
 
-    def __init__(self, folder: Path, jobs, stop_at=None, heartbeat=None) -> None:
+    def __init__(self, folder, jobs, stop_at=None, heartbeat=None):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
         places = [["--coordinator", address, "--processes", "2", "--process", "0"], []]
         told = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "PYTHONUNBUFFERED": "1",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-        self.logs = [(folder / f"{name}-{time.monotonic_ns()}").open("w+") for name in "oOeE"]
-        self.processes = []
-        for i in range(2):
-            text = json.dumps([jobs[i], stop_at if i else None, heartbeat])
-            self.processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", PROGRAM, text, *places[i]],
-                    env=environment | (told if i else {}),
-                    stdout=self.logs[i],
-                    stderr=self.logs[2 + i],
-                    cwd=folder,
-                )
-            )
+        devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+        each = [(jobs[0], places[0], None, heartbeat), (jobs[1], places[1], stop_at, heartbeat)]
+        envs = [devices, devices | told]
+        self.processes = [Forked(folder, one_of_several, *each[i], **envs[i]) for i in range(2)]
 
-    def wait(self, within: float = WITHIN) -> list[int]:
+    def wait(self) -> list[int]:
         """The exit statuses."""
-        end = time.monotonic() + within
-        try:
-            return [p.wait(max(0.1, end - time.monotonic())) for p in self.processes]
-        finally:
-            for p in self.processes:
-                p.kill()  # its child ends with it
+        return [process.wait() for process in self.processes]
 
     def said(self, i: int) -> tuple[str, str]:
         """(stdout, stderr) of process i."""
-        return tuple(Path(self.logs[n].name).read_text() for n in (i, 2 + i))
-
-    def child(self, i: int) -> int:
-        """The process that process i supervises."""
-        pid = self.processes[i].pid
-        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+        return self.processes[i].said()
 
 
 def result(out: Path) -> dict:
@@ -222,7 +136,7 @@ def pair(edit_arguments, folder, tiny_model_dir, edits_file):
         compare = {name: compared(edit_arguments, out / name, name, folder) for name in ("locate", "sweep")}
         jobs.append([["edit", arguments] for arguments in edits] + [["evaluate", measure], *compare.items()])
     run = Pair(folder, jobs)
-    assert run.wait() == [0, 0], [run.said(i) for i in range(2)]
+    assert run.wait() == [0, 0], list(map(run.said, range(2)))
     return run
 
 
@@ -303,12 +217,12 @@ def test_a_signal_to_one_stops_both_at_one_step_and_they_resume(folder, edit_arg
     settings = {**RUNS["data"], "mesh": MESHES["data"], "export": "delta"}
     jobs = [[["edit", edit_arguments(folder / f"stopped-{i}" / "out", **settings)]] for i in range(2)]
     run = Pair(folder, jobs, stop_at=5)
-    assert run.wait() == [1, 1], [run.said(i) for i in range(2)]
+    assert run.wait() == [1, 1], list(map(run.said, range(2)))
     assert "interrupted: the run up to step 6 can be found in" in run.said(0)[1]
     assert "interrupted" not in run.said(1)[1] and "Traceback" not in "".join(map(str, map(run.said, (0, 1))))
     jobs = [[[name, [*arguments, "--resume"]] for name, arguments in own] for own in jobs]
     run = Pair(folder, jobs)
-    assert run.wait() == [0, 0], [run.said(i) for i in range(2)]
+    assert run.wait() == [0, 0], list(map(run.said, range(2)))
     check_equal(folder / "stopped-0" / "out", reference(RUNS["data"]))
     report = json.loads((folder / "stopped-0" / "out" / "report.json").read_text())
     assert report["resumed"] == [6] and report["steps_run"] == 12
@@ -323,24 +237,23 @@ def test_a_dead_process_ends_the_other(folder, edit_arguments, how):
     settings = {"num_steps": 100_000, "loss_floor": 0, "evaluate": "false", "mesh": MESHES["data"]}
     arguments = edit_arguments(out, **settings, checkpoint_every=1)
     run = Pair(folder, [[["edit", arguments]]] * 2, heartbeat=10)
+    first, second = run.processes
     try:
         end = time.monotonic() + WITHIN
         while not any((out / "checkpoint" / "steps").glob("[0-9]*")) and time.monotonic() < end:
-            assert all(p.poll() is None for p in run.processes), [run.said(i) for i in range(2)]
-            time.sleep(0.2)
+            assert first.status() is second.status() is None, [run.said(i) for i in range(2)]
+            time.sleep(0.1)
         begin = time.monotonic()
-        child = run.child(1)
-        os.kill(child, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
-        assert run.processes[0].wait(WITHIN) == 1
+        os.kill(second.pid, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+        status, message = first.wait(), run.said(0)[1]
         assert time.monotonic() - begin < 60  # what users are promised, not a measure of this machine
     finally:
-        run.wait(5) if how == "killed" else [p.kill() for p in run.processes]
-        with suppress(OSError, NameError):
-            os.kill(child, signal.SIGKILL)  # stopped, it does not notice its supervisor's end
-    message = run.said(0)[1]
-    assert f"failed: {distributed.LOST}" in message and "Traceback" not in message, message
-    if how == "killed":
-        assert "SIGKILL ended this process" in run.said(1)[1]
+        os.kill(second.pid, signal.SIGKILL)
+        first.wait(1)
+    if status == 1:
+        assert f"failed: {distributed.LOST}" in message and "Traceback" not in message, message
+    else:  # jax's own words
+        assert status == -signal.SIGABRT and how == "unreachable" or "another task died" in message, message
     assert any((out / "checkpoint" / "steps").iterdir())  # to go on from
 
 
@@ -393,15 +306,14 @@ def test_flags_then_environment_then_pod(nowhere):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--processes", "2"], "--coordinator: missing"),
-        (["--coordinator", "a:1", "--processes", "2"], "--process: missing"),
-        (["--coordinator", "a", "--processes", "2", "--process", "0"], "'a' must be HOST:PORT"),
-        (["--coordinator", "a:1", "--processes", "2", "--process", "2"], "--process: 2 of 2"),
-        (["--coordinator", "a:1", "--processes", "two", "--process", "0"], "--process: 0 of two"),
+        (["--processes", "2"], "given: None, 2, None"),
+        (["--coordinator", "a:1", "--processes", "2"], "given: a:1, 2, None"),
+        (["--coordinator", "a", "--processes", "2", "--process", "0"], "given: a, 2, 0"),
+        (["--coordinator", "a:1", "--processes", "2", "--process", "2"], "given: a:1, 2, 2"),
     ],
 )
 def test_wrong_flags(nowhere, arguments, said):
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=f"--coordinator HOST:PORT, --processes N and --process I.* {said}"):
         distributed.parse_place(flags(*arguments))
 
 
@@ -447,12 +359,11 @@ def test_one_process_agrees_with_itself():
 
 def test_inputs_that_differ_are_named(monkeypatch):
     given = [{"lr": 1, "seed": 0}, {"lr": 1, "seed": 0}, {"lr": 2, "seed": 0}]
-    monkeypatch.setattr(distributed, "several", lambda: True)
-    monkeypatch.setattr(distributed, "gather", lambda text: [json.dumps([None, g]) for g in given])
+    monkeypatch.setattr(distributed, "gather", lambda value: [[None, g] for g in given])
     with pytest.raises(distributed.Agreed, match=r"processes 0 and 2 were not given the same:\n  lr: 1 / 2$"):
-        distributed.agree(given[0])
+        distributed.agree()
     given[2] = {"lr": 1, "seed": 0, "more": 1}
     with pytest.raises(distributed.Agreed, match=r"the same:\n  more: None / 1$"):
-        distributed.agree(given[0])
+        distributed.agree()
     given.pop()
-    distributed.agree(given[0])
+    distributed.agree()

@@ -1,25 +1,27 @@
-"""Progress: a bar on a terminal, plain lines elsewhere, silence on request."""
+"""Progress: a bar on a terminal, plain lines elsewhere, silence on request; what becomes of log records."""
 
 import io
+import logging
 import sys
 
 import pytest
+import tqdm.std
 
 from locft_jax import logs
-from locft_jax.logs import Bar
+from locft_jax.logs import Bar, log, log_to_terminal
 
 
 class Clock:
     now = 1000.0
 
-    def monotonic(self) -> float:
+    def __call__(self) -> float:
         return self.now
 
 
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(logs, "time", clock)
+    monkeypatch.setattr(tqdm.std, "time", clock)
     return clock
 
 
@@ -33,13 +35,37 @@ def test_plain_lines_now_and_then_with_what_is_left(clock, capsys):
         for step in range(1, 41):
             clock.now += 1
             bar.advance(note=f"loss {step}")
+        assert bar.rate() == 1
     assert capsys.readouterr().err.splitlines() == [
-        "editing: 10/40 (25 %)  30 s left  loss 10",
-        "editing: 20/40 (50 %)  20 s left  loss 20",
-        "editing: 30/40 (75 %)  10 s left  loss 30",
-        "editing: 40/40 (100 %)  0 s left  loss 40",
-        "editing: 40 in 40 s",
+        "editing: 10/40 (25 %), 00:10 gone, 00:30 left, loss 10",
+        "editing: 20/40 (50 %), 00:20 gone, 00:20 left, loss 20",
+        "editing: 30/40 (75 %), 00:30 gone, 00:10 left, loss 30",
+        "editing: 40/40 (100 %), 00:40 gone, 00:00 left, loss 40",
+        "editing: 40/40 (100 %), 00:40 gone, 00:00 left, loss 40",
     ]
+
+
+def test_what_was_done_earlier_does_not_count_for_the_rate(clock, capsys):
+    with Bar("editing", 1000) as bar:
+        bar.skip(900)
+        clock.now += 20
+        bar.advance()
+        clock.now += 20
+        bar.skip(9)
+        bar.advance(10)
+        assert bar.rate() == 0.5
+    assert capsys.readouterr().err.splitlines()[1] == "editing: 920/1000 (92 %), 00:40 gone, 02:40 left"
+
+
+def test_a_slow_first_step_does_not_stay_in_what_is_left(clock, capsys):
+    """The first step compiles."""
+    with Bar("editing", 1000) as bar:
+        for seconds in [60.0, *[0.125] * 500]:
+            clock.now += seconds
+            bar.advance()
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first == "editing: 1/1000 (0 %), 01:00 gone, ? left"
+    assert second == "editing: 81/1000 (8 %), 01:10 gone, 01:54 left"
 
 
 def test_short_work_says_nothing(clock, capsys):
@@ -55,33 +81,40 @@ def test_quiet(clock, capsys, monkeypatch, terminal):
         monkeypatch.setattr(sys, "stderr", Terminal())
     with Bar("editing", 2, show=False) as bar:
         clock.now += 100
-        bar.advance(2)
-    assert bar.done == 2
+        bar.skip()
+        bar.advance()
+        assert bar.rate() == 0
     assert capsys.readouterr() == ("", "") and (not terminal or sys.stderr.getvalue() == "")
 
 
 def test_a_bar_on_a_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
     with Bar("editing", 30) as bar:
         bar.advance(10, "loss 0.5")
         bar.advance(20, "loss [0.1]")
     shown = sys.stderr.getvalue()
     assert "editing" in shown and "30/30" in shown and "loss [0.1]" in shown
-    # What follows begins on a line of its own, and the cursor is shown again.
-    assert shown.endswith("\n\x1b[?25h")
-
-
-def test_a_bar_gives_the_terminal_back_after_an_error(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    with pytest.raises(ValueError), Bar("editing", 30) as bar:
-        raise ValueError
-    assert not bar.bar.live.is_started
+    assert shown.endswith("\n")  # what follows begins on a line of its own
 
 
 def test_nothing_to_do_is_no_division_by_zero(clock, capsys):
     with Bar("before", 0) as bar:
         clock.now += 20
         bar.advance(0)
-    assert "before" in capsys.readouterr().err
+    assert bar.rate() == 0 and "Traceback" not in capsys.readouterr().err
+
+
+def test_notes_are_plain_lines_and_other_libraries_say_no_more_than_one(capsys):
+    level = log.level
+    log_to_terminal()
+    log_to_terminal()  # once is enough
+    log.info("in passing")
+    log.warning("a \x1b[2Jthing, 100 %")
+    try:
+        raise OSError("disk full")
+    except OSError:
+        logging.getLogger("absl").exception("could not write\nand more")
+    log.setLevel(level)
+    logging.root.handlers = [h for h in logging.root.handlers if not isinstance(h, logs.Terminal)]
+    said = ["in passing", "note: a  [2Jthing, 100 %", "absl: could not write"]
+    assert capsys.readouterr().err.splitlines() == said

@@ -7,8 +7,9 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from locft_jax import distributed, logs
+from locft_jax import distributed
 from locft_jax.errors import UserError, one_screen, reason
+from locft_jax.logs import log, log_to_terminal
 
 LESS_MEMORY = "a smaller batch_size or row_length, activation_cache=off or a larger model axis needs less"
 
@@ -19,12 +20,7 @@ def run_command(main: Callable[[list[str] | None], None], argv: list[str] | None
     device without memory left, another process that died, Ctrl-C)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is here for tokenizers: no word on torch
-    for name in (
-        "absl",
-        "asyncio",
-        "gcsfs",
-    ):  # orbax's failures come with tracebacks there; ours say what to do
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    log_to_terminal()
     sys.unraisablehook = _unraisable
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may say what a terminal cannot show
@@ -36,7 +32,9 @@ def run_command(main: Callable[[list[str] | None], None], argv: list[str] | None
         traceback.print_exc()
         status = 1
     if distributed.several():  # it has not left with the others
-        distributed.abandon(status)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # Python's own end would wait for the others
     return status
 
 
@@ -63,7 +61,7 @@ def _status(main: Callable[[list[str] | None], None], argv: list[str] | None) ->
 
 def _tell(text: str, status: int, own: bool = False) -> int:
     """Print a message and give back the status. What is this process's `own` is said in each process."""
-    if own or not logs.quiet:
+    if own or log.isEnabledFor(logging.WARNING):
         print(one_screen(text), file=sys.stderr)
     return status
 

@@ -29,7 +29,7 @@ from locft_jax.io.hf_load import frozen_dtype
 from locft_jax.io.hf_save import save_hf, save_hf_at
 from locft_jax.io.model_card import readme
 from locft_jax.io.remote import Remote, check_prefix, place
-from locft_jax.logs import say
+from locft_jax.logs import log
 from locft_jax.model.memory import as_text, device_memory, estimate, step_of
 from locft_jax.prepare import Prepared, prepare
 from locft_jax.run_identity import finished
@@ -40,7 +40,7 @@ SHOWN = 3  # training texts that --check prints
 def main(argv: list[str] | None = None) -> None:
     """The command, in one process or as one of several."""
     args = parse(argv)
-    with distributed.joined(args, program=argv is None):
+    with distributed.joined(args):
         carry_out(args)
 
 
@@ -68,7 +68,7 @@ def carry_out(args: argparse.Namespace) -> None:
     checkpointer = open_run(out, config.checkpoint_every, run, args.resume)
     distributed.agree(last=True)
     for note in prepared.notes:
-        say(note)
+        log.warning(note)
     edits, site = len(prepared.data.requests), prepared.site
     console.print(f"{edits} edits, {len(site)} tensor(s) from {site[0]} on")
 

@@ -21,7 +21,7 @@ from locft_jax.prepare import no_site, prepare
 def main(argv: list[str] | None = None) -> None:
     """The command, in one process or as one of several."""
     args = parse(argv)
-    with distributed.joined(args, program=argv is None):
+    with distributed.joined(args):
         carry_out(args)
 
 

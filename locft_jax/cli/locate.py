@@ -31,7 +31,7 @@ from locft_jax.io import outputs
 from locft_jax.io.atomic import whole_folder
 from locft_jax.io.hf_folder import HFFolder, open_folder
 from locft_jax.io.hf_load import load_opened, load_tokenizer
-from locft_jax.logs import Bar, say
+from locft_jax.logs import Bar, log
 from locft_jax.model.sharding import make_mesh
 from locft_jax.run_identity import describe_run
 from locft_jax.studies.locate.compiled import compilations
@@ -46,7 +46,7 @@ EDITS, PROBES = 200, 1000  # the sample, where the config says nothing
 def main(argv: list[str] | None = None) -> None:
     """The command, in one process or as one of several."""
     args = parse(argv)
-    with distributed.joined(args, program=argv is None):
+    with distributed.joined(args):
         carry_out(args)
 
 
@@ -81,7 +81,7 @@ def carry_out(args: argparse.Namespace) -> None:
         return console.print(plain(f"{out}/ holds this table, finished: nothing to resume"))
     table = open_table(out, run, args.resume)
     for note in notes:
-        say(note)
+        log.warning(note)
     console.print(f"{len(data.requests)} edits, {len(probes) + len(capability)} probes, {plan.size()}")
 
     begin = time.monotonic()

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from locft_jax.config import load_config
-from locft_jax.logs import say
+from locft_jax.logs import log
 from locft_jax.studies.plan.case import make_case
 from locft_jax.studies.plan.fit import plan, smallest
 from locft_jax.studies.plan.report import as_report, print_plan
@@ -27,12 +27,12 @@ def main(argv: list[str] | None = None) -> None:
     if topology is None or topology.compiles:
         prepare_compiler()
     for note in notes:
-        say(note)
+        log.warning(note)
     if topology is None:
-        outcome = other = smallest(case, all_slices(), say)
+        outcome = other = smallest(case, all_slices(), log.warning)
     else:
-        outcome = plan(case, topology, say)
-        other = outcome if outcome.fits else smallest(case, larger(topology), say)
+        outcome = plan(case, topology, log.warning)
+        other = outcome if outcome.fits else smallest(case, larger(topology), log.warning)
     if args.json:
         print(json.dumps(as_report(case, outcome, other, notes)))
     else:

@@ -33,7 +33,7 @@ from locft_jax.io import outputs
 from locft_jax.io.atomic import append_jsonl, whole_folder
 from locft_jax.io.hf_folder import HFFolder, open_folder
 from locft_jax.io.hf_load import load_opened, load_tokenizer
-from locft_jax.logs import say
+from locft_jax.logs import log
 from locft_jax.model.model import Model
 from locft_jax.model.sharding import make_mesh
 from locft_jax.run_identity import describe_run
@@ -59,7 +59,7 @@ class Job:
 def main(argv: list[str] | None = None) -> None:
     """The command, in one process or as one of several."""
     args = parse(argv)
-    with distributed.joined(args, program=argv is None):
+    with distributed.joined(args):
         carry_out(args)
 
 
@@ -85,7 +85,7 @@ def carry_out(args: argparse.Namespace) -> None:
     distributed.agree(last=True)
     lines = distributed.from_first(lines)
     for note in dict.fromkeys(note for job in jobs for note in job.notes):
-        say(note)
+        log.warning(note)
 
     held: tuple[Any, Model] | None = None  # one model at a time
     waiting = [job for job in jobs if job.run.name not in lines]

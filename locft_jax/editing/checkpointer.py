@@ -32,7 +32,7 @@ from locft_jax.editing.step import EditState
 from locft_jax.errors import reason
 from locft_jax.io.atomic import read_json, write_whole_json
 from locft_jax.io.outputs import KEPT, saved_something, saved_steps
-from locft_jax.logs import say
+from locft_jax.logs import log
 from locft_jax.model.sharding import fetch, place
 from locft_jax.run_identity import check_same
 
@@ -67,7 +67,7 @@ class Checkpointer(Hook):
             max_to_keep=KEPT,
             cleanup_tmp_directories=True,
             create=False,
-            multiprocessing_options=distributed.alone(),
+            multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}),
         )
         return ocp.CheckpointManager(self.folder / "steps", options=options)
 
@@ -101,7 +101,7 @@ class Checkpointer(Hook):
             try:
                 found = self.manager.restore(step, args=wanted)
             except Exception as e:  # damaged files raise a dozen kinds
-                say(f"the checkpoint of step {step} cannot be read ({reason(e)}); trying an older one")
+                log.warning(f"the checkpoint of step {step} cannot be read ({reason(e)}): an older one?")
                 self.manager.delete(step)
                 continue
             return step, found.progress, [found.state[key] for key in abstract]
@@ -193,7 +193,7 @@ class Checkpointer(Hook):
     def failed(self, error: Exception) -> None:
         """A write has failed: say so the first time, and give back the room that its pieces take."""
         if not self.warned:
-            say(f"a checkpoint could not be written ({reason(error)}); the run goes on without it")
+            log.warning(f"a checkpoint could not be written ({reason(error)}); the run goes on without it")
         self.warned = True
         for piece in (self.folder / "steps").glob("*.orbax-checkpoint-tmp"):
             shutil.rmtree(piece, ignore_errors=True)
@@ -248,7 +248,7 @@ def open_folder(out: Path, run: Mapping[str, Any], resume: bool) -> Path:
     else:
         shutil.rmtree(folder, ignore_errors=True)
         if resume:
-            say(f"{out} holds no interrupted run: beginning anew")
+            log.warning(f"{out} holds no interrupted run: beginning anew")
     return folder
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from locft_jax import distributed
 from locft_jax.errors import reason
 from locft_jax.io.hf_folder import HFFolder, read_tensor
 from locft_jax.io.safetensors_header import NUMPY
@@ -45,7 +44,7 @@ def save_orbax(checkpoint: HFFolder, new: Mapping[str, np.ndarray], out: Path) -
 
     types = ocp.type_handlers.create_type_handler_registry((Unread, OneByOne(deepcopy_host_arrays=False)))
     try:
-        alone = distributed.alone()
+        alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=types, multiprocessing_options=alone)
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as saver:
             saver.save(out.resolve(), args=ocp.args.PyTreeSave({n: leaf(n) for n in checkpoint.tensors}))

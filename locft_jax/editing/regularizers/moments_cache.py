@@ -17,7 +17,7 @@ from locft_jax.data.records import digest
 from locft_jax.editing.regularizers.second_moments import Leading, Moments
 from locft_jax.errors import reason
 from locft_jax.io.atomic import whole_file
-from locft_jax.logs import say
+from locft_jax.logs import log
 from locft_jax.model.sharding import fetch
 
 MOST = 4 * 2**30  # bytes of all files
@@ -43,7 +43,7 @@ def remembered(key: Mapping[str, Any], compute: Callable[[], Moments]) -> Moment
             part.write_bytes(_bytes(found))
         _make_room(path)
     except OSError as e:
-        say(f"second moments could not be kept in {path.parent} ({reason(e)}): every run computes them")
+        log.warning(f"second moments could not be kept in {path.parent} ({reason(e)}): computed anew")
     return found
 
 
