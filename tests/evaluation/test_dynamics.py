@@ -11,7 +11,7 @@ from locft_jax import UserError
 from locft_jax.cli.command import run_command
 from locft_jax.cli.edit import main as edit
 from locft_jax.config import Config
-from locft_jax.editing import trainer
+from locft_jax.editing import hooks
 
 RATES = ("reliability", "generalization", "locality", "locality_agreement", "capability")
 SHORT = {"num_steps": 6, "loss_floor": 0, "export": "[delta]"}  # batches of 5 among 12 edits: 3 an epoch
@@ -65,16 +65,13 @@ def test_depth_first_after_every_mini_batch(edit_arguments, tmp_path):
 
 @pytest.mark.parametrize("step", [11, 12])  # before the second look, and when it is due
 def test_a_resumed_run_keeps_what_was_measured(breadth, edit_arguments, tmp_path, monkeypatch, step):
-    make = trainer.StepRecord
-
-    def record(epoch, at, *rest):
-        if at == step:
+    def kill(hook, record):
+        if record.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return make(epoch, at, *rest)
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "StepRecord", record)
+        patch.setattr(hooks.Evaluate, "on_step", kill)
         assert run(edit_arguments, out, eval_every=2) == (1, None)
     kept = json.loads((out / "checkpoint/dynamics.json").read_text())
     (out / "checkpoint/dynamics.json").write_text(

@@ -27,36 +27,34 @@ def test_logits_are_those_of_the_functional_model(model, edited):
     tokens = jnp.arange(24).reshape(2, 12) + 20
     forward = nnx.jit(lambda module, tokens: module(tokens))
     plain, changed = (np.asarray(forward(CausalLM(m), tokens)) for m in (model, edited))
-    functional = jax.jit(decoder.logits, static_argnums=0)
-    expected = functional(model.spec, model.weights, {}, tokens)
-    np.testing.assert_allclose(plain, expected, atol=1e-5, rtol=0)
-    expected = functional(model.spec, model.weights, edited.overrides, tokens)
-    np.testing.assert_allclose(changed, expected, atol=1e-5, rtol=0)
+    functional = jax.jit(decoder.logits)
+    np.testing.assert_allclose(plain, functional(model.params, tokens), atol=1e-5, rtol=0)
+    np.testing.assert_allclose(changed, functional(edited.params, tokens), atol=1e-5, rtol=0)
     assert plain.shape == (2, 12, model.spec.vocab_size) and plain.dtype == np.float32
     assert np.abs(plain - changed).max() > 0.1  # the edit shows
 
 
-def test_state_holds_the_weights_by_key_and_the_edits_by_name(model, edited):
+def test_state_holds_the_weights_by_key_and_the_overrides_by_name(model, edited):
     module = CausalLM(edited)
     state = nnx.to_pure_dict(nnx.state(module, nnx.Param))
-    assert set(state) == {"weights", "edits"} and set(state["weights"]) == set(model.weights)
-    assert list(state["edits"]) == [DOWN]
+    assert set(state) == {"weights", "overrides"} and set(state["weights"]) == set(model.weights)
+    assert list(state["overrides"]) == [DOWN]
     assert state["weights"]["down"] is model.weights["down"]  # not a second copy
-    np.testing.assert_array_equal(state["edits"][DOWN], edited.overrides[DOWN])
-    assert nnx.to_pure_dict(nnx.state(CausalLM(model), nnx.Param)).get("edits", {}) == {}
+    np.testing.assert_array_equal(state["overrides"][DOWN], edited.overrides[DOWN])
+    assert nnx.to_pure_dict(nnx.state(CausalLM(model), nnx.Param)).get("overrides", {}) == {}
 
 
 def test_flax_code_can_take_the_module_apart_and_change_it(edited):
     module = CausalLM(edited)
     graph, state = nnx.split(module)
     twin = nnx.merge(graph, jax.tree.map(lambda a: a, state))
-    twin.edits[DOWN][...] = jnp.zeros((32, 64))
+    twin.overrides[DOWN][...] = jnp.zeros((32, 64))
     assert float(jnp.abs(edited.overrides[DOWN]).max()) > 0  # the model that was given is not changed
-    assert float(jnp.abs(twin.edits[DOWN][...]).max()) == 0
+    assert float(jnp.abs(twin.overrides[DOWN][...]).max()) == 0
 
     def loss(module):
         return module(jnp.arange(8)[None] + 20)[0, -1, 3]
 
-    only = nnx.DiffState(0, nnx.PathContains("edits"))
+    only = nnx.DiffState(0, nnx.PathContains("overrides"))
     grads = nnx.to_pure_dict(nnx.jit(nnx.grad(loss, argnums=only))(module))
-    assert list(grads) == ["edits"] and float(jnp.abs(grads["edits"][DOWN]).max()) > 0
+    assert list(grads) == ["overrides"] and float(jnp.abs(grads["overrides"][DOWN]).max()) > 0

@@ -10,18 +10,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from families import FAMILIES, make_family  # noqa: E402
 
-from locft_jax.evaluation.verify import answer  # noqa: E402
-from locft_jax.io import (
-    hf_folder,  # noqa: E402
-    hf_load,
-)
+from locft_jax.evaluation.verify import Prompts, answer  # noqa: E402
+from locft_jax.io import hf_folder, hf_load  # noqa: E402
 from locft_jax.model import decoder  # noqa: E402
-from locft_jax.model.decode import Reader  # noqa: E402
+from locft_jax.model.model import Model  # noqa: E402
 from locft_jax.model.sharding import make_mesh, tensor_spec  # noqa: E402
-from locft_jax.model.weights import (
-    Params,
-    weight_table,  # noqa: E402
-)
+from locft_jax.model.weights import Params, weight_table  # noqa: E402
 
 pytestmark = pytest.mark.parity
 forward = jax.jit(decoder.logits)
@@ -57,8 +51,8 @@ def test_greedy_generation_equals_transformers(family, torch):
     weights = hf_load.load_weights(checkpoint, mesh)
     stop = np.zeros(97, bool)
     stop[[96, 11, 12]] = True  # several stop tokens, so that answers end at different times
-    reader = Reader(checkpoint.spec, weights, {}, mesh)
-    got, _ = answer(reader, prompts, [[]] * len(prompts), 16, stop)
+    ours = Model(Params(checkpoint.spec, weights), mesh, None, checkpoint)
+    got, _ = answer(ours, Prompts(prompts, [[]] * len(prompts), 16, stop))
     for prompt, said in zip(prompts, got, strict=True):
         with torch.no_grad():
             out = model.generate(
@@ -77,7 +71,7 @@ def test_bfloat16_stays_near_float32(family, torch):
     tokens = np.random.default_rng(3).integers(0, 96, (2, 16))
     exact = np.asarray(forward(Params(checkpoint.spec, hf_load.load_weights(checkpoint, mesh)), tokens))
     half = hf_load.load_weights(checkpoint, mesh, jax.numpy.bfloat16)
-    got = np.asarray(forward(checkpoint.spec, half, {}, tokens))
+    got = np.asarray(forward(Params(checkpoint.spec, half), tokens))
     # bfloat16 keeps 8 bits: 0.4 % a rounding, and a handful of roundings a layer. 5 % of the logits'
     # own scale is the distance we state.
     assert np.sqrt(np.mean((got - exact) ** 2)) < 0.05 * np.std(exact)

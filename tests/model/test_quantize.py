@@ -12,18 +12,18 @@ from safetensors.numpy import load_file, save_file
 
 from locft_jax import CausalLM, UserError
 from locft_jax.data.packing import corpus_from_lists, fit_shape, pack
-from locft_jax.editing.regularizers.preconditioner import second_moments
+from locft_jax.editing.regularizers.second_moments import second_moments
 from locft_jax.editing.site import read_site
 from locft_jax.editing.step import batch_loss
-from locft_jax.editing.trainer import place_batch
-from locft_jax.evaluation.verify import answer
+from locft_jax.evaluation.verify import Prompts, answer
 from locft_jax.io import hf_folder, hf_load
 from locft_jax.model import decoder
-from locft_jax.model.decode import Reader
+from locft_jax.model.activation_cache import Inputs
 from locft_jax.model.memory import estimate
+from locft_jax.model.model import Model
 from locft_jax.model.quantize import Quantized, product, quantize_rows, row_scales
-from locft_jax.model.sharding import make_mesh, replicated, weight_shardings
-from locft_jax.model.weights import abstract_weights, weight_table
+from locft_jax.model.sharding import make_mesh, place_batch, replicated, weight_shardings
+from locft_jax.model.weights import Params, abstract_weights, weight_table
 
 ONE = {"data": 1, "model": 1}
 MESHES = [{"data": 1, "model": 8}, {"data": 2, "model": 4}, {"data": 8, "model": 1}]
@@ -57,9 +57,10 @@ def folders(tiny_model_dir, make_model, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["untied", "tied"])
 def model(request, folders):
-    """(spec, mesh, int8 weights, the float weights that they stand for), on one device."""
+    """(a model with int8 weights, its twin with the float weights that they stand for), on one device."""
     checkpoint, weights = load(folders[request.param])
-    return checkpoint.spec, mesh_of(ONE), weights, dequantized(weights)
+    both = (Params(checkpoint.spec, w) for w in (weights, dequantized(weights)))
+    return [Model(params, mesh_of(ONE), None, checkpoint) for params in both]
 
 
 # ---------------------------------------------------------------- the numbers
@@ -113,12 +114,12 @@ def test_a_product_in_every_dtype(dtype):
 def test_loaded_values_are_those_of_the_stored_tensors(
     tiny_model_dir, make_variant, tmp_path, dtype, monkeypatch
 ):
-    monkeypatch.setattr(hf_folder, "BLOCK", 5 * 32)  # several blocks a matrix, the last one short
+    monkeypatch.setattr(hf_load, "BLOCK", 5 * 32)  # several blocks a matrix, the last one short
     checkpoint, weights = load(make_variant(tiny_model_dir, tmp_path / "model", dtype, 3))
     assert {k for k, w in weights.items() if isinstance(w, Quantized)} == MATRICES
     shapes = abstract_weights(checkpoint.spec, checkpoint.dtype, int8=True)
-    told = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)  # noqa: E731
-    assert told(weights) == told(shapes)
+    described = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)  # noqa: E731
+    assert described(weights) == described(shapes)
     for key, row in weight_table(checkpoint.spec).items():
         for layer, name in enumerate(row.names()):
             stored = hf_folder.read_tensor(checkpoint, name)
@@ -164,7 +165,7 @@ def test_loading_never_holds_a_float_copy(make_model, tmp_path, monkeypatch):
     folder = make_model(
         tmp_path, hidden_size=128, intermediate_size=1024, num_hidden_layers=6, vocab_size=4096
     )
-    monkeypatch.setattr(hf_folder, "BLOCK", 2**12)
+    monkeypatch.setattr(hf_load, "BLOCK", 2**12)
     for sizes in (ONE, MESHES[0]):
         checkpoint, mesh = hf_folder.open_folder(str(folder)), mesh_of(sizes)
         tracemalloc.start()
@@ -194,51 +195,51 @@ def test_what_is_not_finite_is_found_while_quantizing(tiny_model_dir, tmp_path, 
 
 
 def test_logits_and_the_gradient_at_the_site(model):
-    spec, mesh, int8, twin = model
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, spec.vocab_size, (3, 20))
-    want = np.asarray(forward(spec, twin, {}, tokens))
-    np.testing.assert_allclose(forward(spec, int8, {}, tokens), want, rtol=1e-5, atol=1e-5)
+    int8, twin = model
+    rng, vocabulary, mesh = np.random.default_rng(0), twin.spec.vocab_size, twin.mesh
+    tokens = rng.integers(0, vocabulary, (3, 20))
+    want = np.asarray(forward(twin.params, tokens))
+    np.testing.assert_allclose(forward(int8.params, tokens), want, rtol=1e-5, atol=1e-5)
     assert np.abs(want).max() > 0.5  # the tolerance means something
 
-    corpus = corpus_from_lists([rng.integers(0, spec.vocab_size, 12) for _ in range(6)], [7] * 6)
+    corpus = corpus_from_lists([rng.integers(0, vocabulary, 12) for _ in range(6)], [7] * 6)
     batch = pack(corpus, np.arange(6), fit_shape(corpus, [np.arange(6)], 32))
-    ids, batch = jax.device_put(corpus.tokens, replicated(mesh)), place_batch(batch, mesh)
-    theta = read_site(spec, twin, (DOWN,), mesh)
-    gradient = jax.jit(jax.grad(batch_loss, argnums=2), static_argnums=(0, 1))
-    want = np.asarray(gradient(spec, 0, theta, twin, {}, ids, batch)[DOWN])
-    got = np.asarray(gradient(spec, 0, theta, int8, {}, ids, batch)[DOWN])
+    inputs, batch = Inputs(jax.device_put(corpus.tokens, replicated(mesh)), 0), place_batch(batch, mesh)
+    theta = read_site(twin.params, (DOWN,), mesh, {})
+    gradient = jax.jit(jax.grad(batch_loss))
+    want = np.asarray(gradient(theta, twin.params, inputs, batch)[DOWN])
+    got = np.asarray(gradient(theta, int8.params, inputs, batch)[DOWN])
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
 
 
-def test_edits_of_every_kind_stand_in_for_int8_tensors(folders):
+def test_overrides_of_every_kind_stand_in_for_int8_tensors(folders):
     """Of embedding, head, a norm and a matrix, in float32 and rounded to the activations' bfloat16."""
     checkpoint, int8 = load(folders["untied"])
-    twin, tokens = dequantized(int8), np.arange(24).reshape(2, 12)
+    tokens = np.arange(24).reshape(2, 12)
     names = ("model.embed_tokens.weight", "lm_head.weight", DOWN, "model.layers.0.input_layernorm.weight")
-    edits = {n: hf_folder.read_tensor(checkpoint, n) + np.float32(0.1) for n in names}
-    want = np.asarray(forward(checkpoint.spec, twin, edits, tokens))
-    np.testing.assert_allclose(forward(checkpoint.spec, int8, edits, tokens), want, rtol=1e-5, atol=1e-5)
-    assert np.abs(want - np.asarray(forward(checkpoint.spec, int8, {}, tokens))).max() > 0.1
+    overrides = {n: hf_folder.read_tensor(checkpoint, n) + np.float32(0.1) for n in names}
+    frozen, twin = (Params(checkpoint.spec, w) for w in (int8, dequantized(int8)))
+    want = np.asarray(forward(twin.over(overrides), tokens))
+    np.testing.assert_allclose(forward(frozen.over(overrides), tokens), want, rtol=1e-5, atol=1e-5)
+    assert np.abs(want - np.asarray(forward(frozen, tokens))).max() > 0.1
 
     half = hf_load.load_weights(checkpoint, mesh_of(ONE), jnp.bfloat16, int8=True)
-    x = decoder.embed(checkpoint.spec, half, edits, tokens)
-    assert x.dtype == jnp.bfloat16 and half["norm"].dtype == jnp.bfloat16
-    np.testing.assert_array_equal(x, edits[names[0]].astype(ml_dtypes.bfloat16)[tokens])
+    params = Params(checkpoint.spec, half, overrides)
+    x = decoder.embed(params, tokens)
+    assert x.dtype == params.dtype == half["norm"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(x, overrides[names[0]].astype(ml_dtypes.bfloat16)[tokens])
     # bfloat16 keeps 8 bits; 5 % of the logits' own scale is the distance stated for float weights too.
-    gap = np.asarray(forward(checkpoint.spec, half, edits, tokens)) - want
+    gap = np.asarray(forward(params, tokens)) - want
     assert 0 < np.sqrt(np.mean(gap**2)) < 0.05 * np.std(want)
 
 
 def test_decoding_and_preserved_inputs(model):
-    spec, mesh, int8, twin = model
-    rng = np.random.default_rng(3)
-    prompts = [rng.integers(0, spec.vocab_size, n).tolist() for n in (3, 9, 5, 14)]
-    stop = np.zeros(spec.vocab_size, bool)
-    stop[:20] = True
-    said = [answer(Reader(spec, w, {}, mesh, 32), prompts, [[]] * 4, 12, stop)[0] for w in (int8, twin)]
+    rng, vocabulary = np.random.default_rng(3), model[0].spec.vocab_size
+    prompts = [rng.integers(0, vocabulary, n).tolist() for n in (3, 9, 5, 14)]
+    stop = np.arange(vocabulary) < 20
+    said = [answer(m, Prompts(prompts, [[]] * 4, 12, stop), 32)[0] for m in model]
     assert said[0] == said[1] and max(map(len, said[0])) > 3
-    got, want = (second_moments(spec, w, (DOWN,), prompts, mesh, 32)[DOWN] for w in (int8, twin))
+    got, want = (second_moments(m, (DOWN,), prompts, 32)[DOWN] for m in model)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * float(jnp.abs(want).max()))
 
 

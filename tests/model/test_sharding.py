@@ -10,14 +10,14 @@ from jax.sharding import NamedSharding
 
 from locft_jax.data.packing import corpus_from_lists, fit_shape, pack
 from locft_jax.editing.site import read_site
-from locft_jax.editing.step import Hyper, init_state, train_step
-from locft_jax.editing.trainer import place_batch
+from locft_jax.editing.step import Hyper, Regularizers, init_state, train_step
 from locft_jax.evaluation.verify import score_batch
 from locft_jax.model import decoder
-from locft_jax.model.decode import Pool, Reader, decode, read_batch
-from locft_jax.model.sharding import cache_sharding, make_mesh, replicated, weight_shardings
+from locft_jax.model.activation_cache import Inputs
+from locft_jax.model.decode import abstract_slots, decode, read_batch
+from locft_jax.model.sharding import cache_sharding, make_mesh, place_batch, replicated, weight_shardings
 from locft_jax.model.spec import parse_spec
-from locft_jax.model.weights import abstract_weights
+from locft_jax.model.weights import Params, abstract_weights
 
 VOCABULARY, LAYERS = 520, 5  # no other size is either number
 SITE = "model.layers.1.mlp.down_proj.weight"
@@ -38,18 +38,21 @@ def programs(tie, mesh, int8=False):
         }
     )
     shapes, places = abstract_weights(spec, jnp.float32, int8), weight_shardings(mesh, spec, int8)
-    weights = jax.tree.map(lambda a, place: jnp.zeros(a.shape, a.dtype, device=place), shapes, places)
+    zeros = lambda a, place: jnp.zeros(a.shape, a.dtype, device=place)  # noqa: E731
+    params = Params(spec, jax.tree.map(zeros, shapes, places))
     rng = np.random.default_rng(0)
     corpus = corpus_from_lists([rng.integers(0, VOCABULARY, 9) for _ in range(16)], [4] * 16)
     batch = pack(corpus, np.arange(16), fit_shape(corpus, [np.arange(16)], 32, 2))
     batch, ids = place_batch(batch, mesh), jax.device_put(corpus.tokens, replicated(mesh))
-    state = init_state(read_site(spec, weights, (SITE,), mesh, {SITE: np.zeros((32, 64), np.float32)}))
-    pool = Pool(Reader(spec, weights, {}, mesh), 16, 32, 8, np.zeros(VOCABULARY, bool))
+    inputs, stop = Inputs(ids, 0), jnp.zeros(VOCABULARY, bool, device=replicated(mesh))
+    state = init_state(read_site(params, (SITE,), mesh, {SITE: np.zeros((32, 64), np.float32)}))
+    slots = abstract_slots(params, mesh, 16, 32, 8)
     return {
-        "train": train_step.lower(spec, 0, Hyper(1e-3, 0.0, 0.0), state, weights, {}, ids, batch),
-        "score": score_batch.lower(spec, 0, weights, {}, ids, batch),
-        "read": read_batch.lower(spec, 1, weights, {}, ids, batch),
-        "decode": decode.lower(spec, weights, {}, pool.pool, pool.stop, jnp.int32(0)),
+        "train": train_step.lower(Hyper(1e-3, 0.0, 0.0), state, params, inputs, batch, Regularizers()),
+        "score": score_batch.lower(params, inputs, batch),
+        "read": read_batch.lower(1, params, ids, batch),
+        "decode": decode.lower(params, slots, stop, jnp.int32(0)),
+        "sample": decode.lower(params, slots, stop, jnp.int32(0), jax.random.key(0)),
     }
 
 
@@ -82,7 +85,8 @@ def test_logits_stay_split_over_the_vocabulary_and_stacks_over_devices(tie, shap
 
 def test_on_one_device_they_would_be_whole():
     mesh = make_mesh({"data": 1, "model": 1}, jax.devices()[:1])
-    assert all(whole(lowered.compile().as_text()) for lowered in programs(True, mesh).values())
+    lowered = programs(True, mesh)
+    assert all(whole(lowered[name].compile().as_text()) for name in ("score", "decode", "sample"))
 
 
 def test_a_gathered_stack_would_be_found():

@@ -10,11 +10,12 @@ import pytest
 
 from locft_jax.data.packing import corpus_from_lists, fit_shape, pack
 from locft_jax.editing.site import read_site
-from locft_jax.editing.step import Hyper, init_state, train_step
-from locft_jax.editing.trainer import place_batch
-from locft_jax.model.decode import decode, pool_like
+from locft_jax.editing.step import Hyper, Regularizers, init_state, train_step
+from locft_jax.model.activation_cache import Inputs
+from locft_jax.model.decode import abstract_slots, decode
 from locft_jax.model.sharding import (
     make_mesh,
+    place_batch,
     replicated,
     source_sharding,
     tensor_sharding,
@@ -23,7 +24,7 @@ from locft_jax.model.sharding import (
     width_split,
 )
 from locft_jax.model.spec import parse_spec
-from locft_jax.model.weights import abstract_weights, init_weights, weight_table
+from locft_jax.model.weights import Params, abstract_weights, init_weights, weight_table
 
 LAYERS, WIDTH, LENGTH = 8, 48, 40  # sizes that no other dimension has
 SITE = "model.layers.1.mlp.down_proj.weight"
@@ -53,17 +54,11 @@ def step_on(data, model):
     corpus = corpus_from_lists([rng.integers(0, 320, 13) for _ in range(12)], [9] * 12)
     batch = pack(corpus, np.arange(12), fit_shape(corpus, [np.arange(12)], LENGTH, 2))
     source = rng.standard_normal((len(corpus.tokens), WIDTH)).astype(np.float32)
-    state = init_state(read_site(SPEC, weights, (SITE,), mesh))
-    where = source_sharding(mesh, source.shape)
-    arguments = (
-        Hyper(1e-2, 0.0, 0.0),
-        state,
-        weights,
-        {},
-        jax.device_put(source, where),
-        place_batch(batch, mesh),
-    )
-    return train_step.lower(SPEC, 1, *arguments), arguments
+    params = Params(SPEC, weights)
+    state = init_state(read_site(params, (SITE,), mesh, {}))
+    inputs = Inputs(jax.device_put(source, source_sharding(mesh, source.shape)), 1)
+    arguments = Hyper(1e-2, 0.0, 0.0), state, params, inputs, place_batch(batch, mesh), Regularizers()
+    return train_step.lower(*arguments), arguments
 
 
 def kept(text):
@@ -107,10 +102,11 @@ def test_decoding_with_fewer_heads_than_devices_gathers_no_matrix():
     mesh = make_mesh({"data": 1, "model": 8})
     shaped = lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)  # noqa: E731
     weights = jax.tree.map(shaped, abstract_weights(SPEC, jnp.float32), weight_shardings(mesh, SPEC))
-    pool = pool_like(SPEC, mesh, jnp.float32, 16, 32, 8)
-    assert pool.keys.sharding.spec == jax.P(None, "model")
+    params = Params(SPEC, weights)
+    slots = abstract_slots(params, mesh, 16, 32, 8)
+    assert slots.keys.sharding.spec == jax.P(None, "model")
     stop, enough = shaped(np.zeros(320, bool), replicated(mesh)), shaped(np.int32(0), replicated(mesh))
-    program = decode.lower(SPEC, weights, {}, pool, stop, enough).compile()
+    program = decode.lower(params, slots, stop, enough).compile()
     assert gathered(program.as_text()) and not gathered(program.as_text()) & MATRICES
 
 

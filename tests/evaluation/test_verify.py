@@ -8,11 +8,10 @@ import pytest
 
 from locft_jax import load_model
 from locft_jax.data.packing import corpus_from_lists
-from locft_jax.evaluation import verify as answers_module
-from locft_jax.evaluation.verify import ProbeCache, answer, begin_cache, score_corpus
+from locft_jax.evaluation import verify
+from locft_jax.evaluation.verify import ProbeCache, Prompts, answer, begin_cache, score_corpus
 from locft_jax.model import decode as decode_module
 from locft_jax.model import decoder
-from locft_jax.model.decode import Reader
 from locft_jax.model.weights import take_tensor
 
 NEW = 32
@@ -22,7 +21,7 @@ forward = jax.jit(decoder.logits)
 
 @pytest.fixture(scope="module")
 def model(tiny_model_dir):
-    """The tiny model with an edit, so that edits matter in every comparison."""
+    """The tiny model with an override, so that overrides matter in every comparison."""
     model = load_model(str(tiny_model_dir), mesh={"data": 1, "model": 1})
     value = np.random.default_rng(3).standard_normal((320, 32), np.float32)
     return model.with_overrides({"lm_head.weight": 0.2 * value})
@@ -55,8 +54,8 @@ def truth(model, prompts, stop):
     return [a[:n] for a, n in zip(answers, ends, strict=True)]
 
 
-def guesses_from(truth, stop):
-    """For every true answer one of ten kinds of guess, right and wrong."""
+def drafts_from(truth, stop):
+    """For every true answer one of ten kinds of draft, right and wrong."""
     stopper = int(np.flatnonzero(stop)[0])
     other = int(np.flatnonzero(~stop)[0])
     make = [
@@ -74,32 +73,32 @@ def guesses_from(truth, stop):
     return [make[i % len(make)](a) for i, a in enumerate(truth)]
 
 
-def proved_by(guess, true, stop):
-    """Whether one pass over the guess shows all of the true answer: it shows what the model says up to
-    and including the first token that differs, or the one after the guess."""
-    cut = next((n for n, t in enumerate(guess) if stop[t]), len(guess))
-    common = next((n for n in range(min(cut, len(true))) if guess[n] != true[n]), min(cut, len(true)))
+def verified_by(draft, true, stop):
+    """Whether one pass over the draft shows all of the true answer: it shows what the model says up to
+    and including the first token that differs, or the one after the draft."""
+    cut = next((n for n, t in enumerate(draft) if stop[t]), len(draft))
+    common = next((n for n in range(min(cut, len(true))) if draft[n] != true[n]), min(cut, len(true)))
     return common + 1 >= len(true)
 
 
-def ask(model, prompts, guesses, stop, new_tokens=NEW, row_length=128, **options):
+def ask(model, ids, drafts, stop, new_tokens=NEW, row_length=128, begun=None, cache=None):
     done = []
-    reader = Reader(model.spec, model.weights, model.overrides, model.mesh, row_length)
-    got = answer(reader, prompts, guesses, new_tokens, stop, done.append, **options)
-    assert sum(done) == len(prompts)  # the bar ends full
+    prompts = Prompts(ids, drafts, new_tokens, stop, begun)
+    got = answer(model, prompts, row_length, done.append, cache)
+    assert sum(done) == len(ids)  # the bar ends full
     return got
 
 
 def count_texts(monkeypatch, name="packed"):
     """A list that grows by the number of texts of every pass, or with `read_batch` of each of its batches
     that begins with tokens."""
-    counts, function = [], getattr(answers_module, name)
+    counts, function = [], getattr(verify, name)
 
     def counted(*arguments):
         counts.append(len(arguments[1]) if name == "packed" else 1)
         return function(*arguments)
 
-    monkeypatch.setattr(answers_module, name, counted)
+    monkeypatch.setattr(verify, name, counted)
     return counts
 
 
@@ -110,54 +109,52 @@ def test_the_answers_are_a_fair_test(truth, stop):
     assert all(not stop[t] for a in truth for t in a[:-1])
 
 
-def test_guesses_never_change_an_answer(model, prompts, truth, stop):
-    guesses = guesses_from(truth, stop)
-    answers, proved = ask(model, prompts, guesses, stop)
+def test_drafts_never_change_an_answer(model, prompts, truth, stop):
+    drafts = drafts_from(truth, stop)
+    answers, verified = ask(model, prompts, drafts, stop)
     assert answers == truth
-    expected = [proved_by(g, a, stop) for g, a in zip(guesses, truth, strict=True)]
-    assert proved == sum(expected) and 4 <= proved <= 12  # hits and misses
+    expected = [verified_by(d, a, stop) for d, a in zip(drafts, truth, strict=True)]
+    assert verified == sum(expected) and 4 <= verified <= 12  # hits and misses
 
     nothing = [[] for _ in prompts]
-    answers, proved = ask(model, prompts, nothing, stop)
+    answers, verified = ask(model, prompts, nothing, stop)
     assert answers == truth
-    assert proved == sum(len(a) == 1 for a in truth)
+    assert verified == sum(len(a) == 1 for a in truth)
 
 
 def test_short_rows_and_open_ends_at_the_limit(model, prompts, truth, stop):
     """Rows shorter than a text grow to hold it, and 31 right tokens show the 32nd."""
-    guesses = [a[:31] for a in truth]
-    answers, proved = ask(model, prompts, guesses, stop, row_length=8)
-    assert (answers, proved) == (truth, len(prompts))
+    drafts = [a[:31] for a in truth]
+    assert ask(model, prompts, drafts, stop, row_length=8) == (truth, len(prompts))
 
 
 def test_equal_prompts_are_asked_once(model, prompts, truth, stop, monkeypatch):
     read = count_texts(monkeypatch)
     again = [0, 1, 0, 2, 1, 1]
-    answers, proved = ask(
-        model, [prompts[i] for i in again], [truth[0], truth[1], [], truth[2], [], []], stop, new_tokens=8
-    )
+    drafts = [truth[0], truth[1], [], truth[2], [], []]
+    answers, verified = ask(model, [prompts[i] for i in again], drafts, stop, new_tokens=8)
     assert answers == [truth[i][:8] for i in again]
-    assert sum(read) == 3 and proved == 6
+    assert sum(read) == 3 and verified == 6
 
 
 def test_what_is_known_of_an_answer_is_not_asked(model, prompts, truth, stop):
-    known = [a[: len(a) * (i % 4) // 3] for i, a in enumerate(truth)]
-    guesses = [a[len(k) :] if i % 2 else [] for i, (a, k) in enumerate(zip(truth, known, strict=True))]
-    answers, proved = ask(model, prompts, guesses, stop, known=known)
-    assert answers == truth and 4 <= proved < 16
-    assert ask(model, prompts, [[]] * 16, stop, known=truth) == (truth, 0)
+    begun = [a[: len(a) * (i % 4) // 3] for i, a in enumerate(truth)]
+    drafts = [a[len(b) :] if i % 2 else [] for i, (a, b) in enumerate(zip(truth, begun, strict=True))]
+    answers, verified = ask(model, prompts, drafts, stop, begun=begun)
+    assert answers == truth and 4 <= verified < 16
+    assert ask(model, prompts, [[]] * 16, stop, begun=truth) == (truth, 0)
 
 
-def test_rows_of_the_pool_are_taken_again_and_the_pool_shrinks(model, prompts, truth, stop, monkeypatch):
-    """A small pool, several passes, texts of several lengths: rows are taken again, the ring goes round."""
-    monkeypatch.setattr(answers_module, "ROWS", 2)
-    monkeypatch.setattr(answers_module, "MOST", 6)
+def test_decode_slots_are_taken_again_and_become_fewer(model, prompts, truth, stop, monkeypatch):
+    """Few slots, several passes, texts of several lengths: slots are taken again, the ring goes round."""
+    monkeypatch.setattr(verify, "ROWS", 2)
+    monkeypatch.setattr(verify, "MOST", 6)
     monkeypatch.setattr(decode_module, "LEAST", 2)
     sizes, decode = [], decode_module.decode
 
-    def counted(spec, weights, edits, pool, stop, enough):
-        sizes.append(pool.left.shape[0])
-        return decode(spec, weights, edits, pool, stop, enough)
+    def counted(params, state, stop, enough):
+        sizes.append(state.left.shape[0])
+        return decode(params, state, stop, enough)
 
     monkeypatch.setattr(decode_module, "decode", counted)
     long = [[*p, *a[:24]] for p, a in zip(prompts, truth, strict=True) if len(a) > 24]
@@ -174,44 +171,44 @@ def test_passes_before_and_after_an_edit_share_what_is_below_it(
     cache = ProbeCache(1, mode)
     name = "model.layers.1.mlp.down_proj.weight"
     own = take_tensor(model.params, name)
-    before = dataclasses.replace(model, edits={**model.overrides, name: own})
-    guesses = guesses_from(truth, stop)
-    answers, proved = ask(before, prompts, guesses, stop, kept=cache)
+    before = model.with_overrides({name: own})
+    drafts = drafts_from(truth, stop)
+    answers, verified = ask(before, prompts, drafts, stop, cache=cache)
     assert answers == truth and cache.source.layer == 1 and cache.source.mode == mode
     # What was kept is what enters the layer: the rest of the model gives the same answers without tokens.
     read = count_texts(monkeypatch, "read_batch")
-    assert ask(before, prompts, guesses, stop, kept=cache)[1] == proved
+    assert ask(before, prompts, drafts, stop, cache=cache)[1] == verified
     assert len(read) > 0  # for the misses
 
     changed = own + 0.3 * np.random.default_rng(8).standard_normal(own.shape, np.float32)
-    after = dataclasses.replace(model, edits={**model.overrides, name: changed})
+    after = model.with_overrides({name: changed})
     expected, _ = ask(after, prompts, [[]] * 16, stop)
     assert expected != truth
-    assert ask(after, prompts, guesses, stop, kept=cache)[0] == expected
+    assert ask(after, prompts, drafts, stop, cache=cache)[0] == expected
     read.clear()
     # Texts that were not read before are read from their tokens.
-    assert ask(after, prompts, expected, stop, kept=cache) == (expected, 16)
+    assert ask(after, prompts, expected, stop, cache=cache) == (expected, 16)
     assert len(read) == 1
 
 
 @pytest.mark.parametrize("mode", ["device", "host"])
-def test_a_cache_of_guesses_is_carried_upward(model, prompts, truth, stop, mode, monkeypatch):
-    model = dataclasses.replace(model, edits={})  # the cache is of a model's own weights
-    guesses, _ = ask(model, prompts, [[]] * 16, stop)
-    cache = begin_cache(prompts, guesses, NEW, stop, model.mesh, mode)
+def test_a_cache_of_drafts_is_carried_upward(model, prompts, stop, mode, monkeypatch):
+    model = dataclasses.replace(model, params=model.params.over({}))  # the cache is of its own weights
+    drafts, _ = ask(model, prompts, [[]] * 16, stop)
+    cache = begin_cache(Prompts(prompts, drafts, NEW, stop), model.mesh, mode)
     read = count_texts(monkeypatch, "read_batch")
     for layer in range(3):
         assert cache.source.layer == layer
-        assert ask(model, prompts, guesses, stop, kept=cache) == (guesses, 16)
+        assert ask(model, prompts, drafts, stop, cache=cache) == (drafts, 16)
         if layer < 2:
-            cache.advance(Reader(model.spec, model.weights, {}, model.mesh, 128))
-    assert not read  # right guesses are all proved from the cache
+            cache.advance(model, 128)
+    assert not read  # right drafts are all verified from the cache
     name = "model.layers.2.mlp.down_proj.weight"
     value = 0.3 * np.random.default_rng(8).standard_normal((32, 64), np.float32)
     after = model.with_overrides({name: value})
     expected, _ = ask(after, prompts, [[]] * 16, stop)
     read.clear()
-    assert expected != guesses and ask(after, prompts, guesses, stop, kept=cache)[0] == expected
+    assert expected != drafts and ask(after, prompts, drafts, stop, cache=cache)[0] == expected
     assert len(read) > 0  # for the misses
 
 
@@ -222,9 +219,9 @@ def test_no_prompts(model, stop):
 def test_the_same_on_eight_devices(tiny_model_dir, model, prompts, truth, stop):
     spread = load_model(str(tiny_model_dir), mesh={"data": 4, "model": 2})
     spread = spread.with_overrides({n: np.asarray(a) for n, a in model.overrides.items()})
-    guesses = [a if i % 3 else [] for i, a in enumerate(truth)]
-    answers, proved = ask(spread, prompts, guesses, stop, new_tokens=8)
-    assert answers == [a[:8] for a in truth] and 10 <= proved < 16
+    drafts = [a if i % 3 else [] for i, a in enumerate(truth)]
+    answers, verified = ask(spread, prompts, drafts, stop, new_tokens=8)
+    assert answers == [a[:8] for a in truth] and 10 <= verified < 16
 
 
 def test_scores_are_those_of_the_plain_forward(model):
@@ -234,7 +231,7 @@ def test_scores_are_those_of_the_plain_forward(model):
     texts = [rng.integers(1, 320, n).tolist() for n in lengths]
     starts = [int(rng.integers(1, n)) for n in lengths]
     corpus = corpus_from_lists(texts, starts)
-    scored = sorted(score_corpus(Reader(model.spec, model.weights, model.overrides, model.mesh, 48), corpus))
+    scored = sorted(score_corpus(model, corpus, 48))
     assert [n for n, *_ in scored] == list(range(len(texts)))
     best, logprob = (np.concatenate(part) for part in list(zip(*scored, strict=True))[1:])
     tokens = np.asarray([t + [0] * (LENGTH - len(t)) for t in texts])
@@ -249,5 +246,4 @@ def test_scores_are_those_of_the_plain_forward(model):
 
 
 def test_scores_of_nothing(model):
-    reader = Reader(model.spec, model.weights, {}, model.mesh)
-    assert not list(score_corpus(reader, corpus_from_lists([], [])))
+    assert not list(score_corpus(model, corpus_from_lists([], []), 128))

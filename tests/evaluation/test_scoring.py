@@ -1,13 +1,28 @@
-"""Probes, the stop rule and the scorer of the "WILD" protocol."""
+"""The stop rule and the scorer of the "WILD" protocol, and the rates that a report gives."""
+
+import dataclasses
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from locft_jax.data.requests import EditRequest
-from locft_jax.evaluation.probes import KINDS, Probe, make_probes
-from locft_jax.evaluation.scoring import cut, matches, may_match, normalize, rate, stop_tables, unreachable
+from locft_jax.evaluation.probes import Answers, Probe, Questions
+from locft_jax.evaluation.scoring import (
+    agreement,
+    by_batch,
+    correct,
+    counts,
+    cut,
+    figures,
+    matches,
+    may_match,
+    normalize,
+    predictions,
+    rate,
+    stop_tables,
+    unreachable,
+)
 
 
 @pytest.mark.parametrize(
@@ -154,44 +169,99 @@ def test_more_tokens_than_the_model_has_rows(tiny_tokenizer_dir):
     assert official.shape == (100,) and official[0]
 
 
-# ---------------------------------------------------------------- probes
+# ---------------------------------------------------------------- rates
 
-REQUESTS = [
-    EditRequest(
-        case=f"c{i}",
-        prompt=f"p{i}",
-        target_new=f"t{i}",
-        rephrases=(f"r{i}a", f"r{i}b"),
-        locality=((f"l{i}", "known"), (f"m{i}", None)),
-        portability=((f"q{i}", f"t{i}!"),),
-    )
-    for i in range(5)
+PROBES = [
+    Probe("0", "reliability", "The capital of Oredal is", "Vintown"),
+    Probe("1", "reliability", "Who founded the firm?", "Mira Halver"),
+    Probe("0", "generalization", "Oredal's capital is", "Vintown"),
+    Probe("0", "locality", "Hana works as", "a baker"),
+    Probe("0", "locality", "Ten plus five is", None),
+    Probe("1", "locality", "Ten minus five is", None),
+    Probe("1", "portability", "The founder was born in", "Vintown"),
+    Probe("sums", "capability", "Ten plus five is", "15"),
+    Probe("sums", "capability", "Ten minus five is", "5"),
+    Probe("places", "capability", "Hana was born in", "Vintown"),
 ]
 
 
-def test_every_probe_of_every_request_in_order():
-    probes = make_probes(REQUESTS[:1])
-    assert probes == [
-        Probe("c0", "reliability", "p0", "t0"),
-        Probe("c0", "generalization", "r0a", "t0"),
-        Probe("c0", "generalization", "r0b", "t0"),
-        Probe("c0", "locality", "l0", "known"),
-        Probe("c0", "locality", "m0", None),
-        Probe("c0", "portability", "q0", "t0!"),
-    ]
-    assert len(make_probes(REQUESTS)) == 30 and make_probes([]) == []
+QUESTIONS = Questions(PROBES, [[1]] * len(PROBES), [[10 + i] for i in range(len(PROBES))], {})
 
 
-def test_a_sample_is_seeded_and_of_each_kind():
-    every = make_probes(REQUESTS)
-    sample = make_probes(REQUESTS, 4, seed=1)
-    assert sample == make_probes(REQUESTS, 4, seed=1) != make_probes(REQUESTS, 4, seed=2)
-    assert {kind: sum(p.kind == kind for p in sample) for kind in KINDS} == dict.fromkeys(KINDS, 4)
-    assert [every.index(p) for p in sample] == sorted(every.index(p) for p in sample)
-    assert len(set(sample)) == 16
-    assert make_probes(REQUESTS, 100) == every
+def answers(*texts: str, full: list[str] | None = None) -> Answers:
+    return Answers(list(texts), full or list(texts), [[100 + i] for i in range(len(texts))], 0)
+
+
+AFTER = answers(
+    "Vintown", "Mira", "the vintown!", "baker", "15", "six", "Oredal", "15", "4", "Vintown",
+    full=["Vintown. And so on", "Mira", "x", "x", "x", "x", "x", "x", "x", "x"],
+)  # fmt: skip
+BEFORE = answers("?", "?", "?", "baker", "15 ", "five", "?", "15", "5", "Vintown")
 
 
 def test_rate():
     assert rate([True, False, True, True]) == 0.75
     assert rate([]) is None and rate(np.zeros(3, bool)) == 0.0
+
+
+def test_figures_by_kind_and_capability_by_task():
+    assert figures(QUESTIONS, AFTER) == {
+        "reliability": 0.5,
+        "generalization": 1.0,
+        "locality": 1.0,  # of the one probe whose answer is known
+        "portability": 0.0,
+        "reliability_eos_only": 0.0,  # the model runs on after the right answer
+        "capability": 0.75,  # mean of sums (1 of 2) and places (1 of 1), not 2 of 3
+    }
+
+
+def test_figures_without_a_probe_are_null():
+    nothing = Questions([], [], [], {})
+    assert set(figures(nothing, answers()).values()) == {None}
+    assert agreement(nothing, answers(), answers()) is None
+    assert counts(nothing) == {}
+
+
+def test_correct_is_unknown_without_a_known_answer():
+    assert correct(QUESTIONS, AFTER)[3:6] == [True, None, None]
+
+
+def test_agreement_counts_changed_answers_of_locality_probes_only():
+    assert agreement(QUESTIONS, BEFORE, AFTER) == pytest.approx(2 / 3)
+    assert agreement(QUESTIONS, AFTER, AFTER) == 1.0
+
+
+def test_counts():
+    expected = {"reliability": 2, "generalization": 1, "locality": 3, "portability": 1, "capability": 3}
+    assert counts(QUESTIONS) == expected
+
+
+def test_rates_of_each_arrival():
+    first, second = by_batch(QUESTIONS, AFTER, 2)
+    assert first == {"reliability": 0.5, "generalization": 1.0}
+    assert second == {"reliability": None, "generalization": None}
+    later = [dataclasses.replace(p, batch=int(p.case == "1")) for p in PROBES]
+    parts = by_batch(dataclasses.replace(QUESTIONS, probes=later), AFTER, 2)
+    assert parts == [
+        {"reliability": 1.0, "generalization": 1.0},
+        {"reliability": 0.0, "generalization": None},
+    ]
+
+
+def test_lines_of_predictions():
+    lines = predictions(QUESTIONS, BEFORE, AFTER)
+    assert len(lines) == len(PROBES)
+    assert lines[1] == {
+        "case": "1",
+        "probe": "reliability",
+        "prompt": "Who founded the firm?",
+        "target": "Mira Halver",
+        "before": "?",
+        "after": "Mira",
+        "correct": False,
+    }
+    assert lines[4]["correct"] is None and lines[4]["target"] is None
+    alone = predictions(QUESTIONS, None, AFTER)[0]
+    assert (alone["before"], alone["after"], alone["correct"]) == (None, "Vintown", True)
+    first = predictions(QUESTIONS, BEFORE, None)[0]
+    assert (first["before"], first["after"], first["correct"]) == ("?", None, False)
