@@ -16,13 +16,15 @@ say = log.warning
 
 
 class Terminal(logging.Handler):
-    """Plain lines on stderr: a warning is a note to the user. Other libraries' records take one line, without
-    the traceback: commands end with a message of their own that says what to do."""
+    """Plain lines on stderr: a warning is a note to the user. Other libraries' errors (and jax's warnings) take
+    one line, without the traceback: commands end with a message of their own that says what to do."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        if record.name.split(".")[0] != log.name:
-            text = f"{record.name}: {text.splitlines()[0] if text else ''}"
+        text, library = record.getMessage(), record.name.split(".")[0]
+        if library != log.name:
+            if record.levelno < logging.ERROR and library != "jax":
+                return
+            text = f"{library}: {text.splitlines()[0] if text else ''}"
         mark = "note: " if record.levelno == logging.WARNING else ""
         print(f"{mark}{printable(text)}", file=sys.stderr, flush=True)
 

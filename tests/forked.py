@@ -12,13 +12,13 @@ from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["preload"])
-WITHIN = 300  # seconds: no test waits longer for a process
+WITHIN = 600  # seconds: no test waits longer for a process
 
 
 class Forked:
     """`Forked(folder, function, *arguments)`: a process that works in `folder` and ends with the status that
-    the function (of a module that can be imported) returns; its output goes to files there. `env` may set what
-    jax reads when it begins to compute, such as XLA_FLAGS."""
+    the function (of a module that can be imported) returns; its output goes to files there. `env` may set
+    what jax reads when it begins to compute, such as XLA_FLAGS."""
 
     def __init__(self, folder: Path, function: Callable[..., int], *arguments: Any, **env: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,17 +57,31 @@ def _run(
     sys.exit(function(*arguments))
 
 
-def edit(arguments: list[str]) -> int:
-    """The edit command."""
-    from locft_jax.cli.command import run_command
-    from locft_jax.cli.edit import main
+def stopping_at(step: int, number: int = signal.SIGTERM) -> Callable[..., None]:
+    """For `Progress.on_step`: a signal to this process when the loss of that step is known, as when a TPU is
+    preempted."""
+    from locft_jax.editing.hooks import Progress
 
-    return run_command(main, arguments)
+    on_step = Progress.on_step
+
+    def told(self: Any, record: Any) -> None:
+        on_step(self, record)
+        if record.step == step:
+            os.kill(os.getpid(), number)
+
+    return told
 
 
 def edit_until(arguments: list[str], out: str, count: int, after: float) -> int:
     """The edit command, killed `after` some seconds from the `count`-th time that it makes, writes, renames
     or removes a file or folder of a path with `out` in it; with count 0 it tells how often it did."""
+    from locft_jax.cli.command import run_command
+    from locft_jax.cli.edit import main
+
+    import jax
+
+    if count:  # half a file would spoil the cache that all tests share
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
     seen = 0
     kill = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
 
@@ -80,7 +94,7 @@ def edit_until(arguments: list[str], out: str, count: int, after: float) -> int:
                 threading.Timer(after, kill).start() if after else kill()
 
     sys.addaudithook(hook)
-    status = edit(arguments)
+    status = run_command(main, arguments)
     print(f"\n{seen} changes")
     return status
 
@@ -95,19 +109,14 @@ def one_of_several(jobs: list[Any], place: list[str], stop_at: int | None, heart
 
     from locft_jax import distributed
     from locft_jax.cli.command import run_command
-    from locft_jax.editing import trainer
+    from locft_jax.editing.hooks import Progress
     from locft_jax.io import hf_load
 
     distributed.HEARTBEAT = heartbeat or distributed.HEARTBEAT
-    record = trainer.StepRecord
-
-    def stopping(epoch, step, *rest):  # a TPU that is preempted
-        if step == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return record(epoch, step, *rest)
-
+    if heartbeat:  # it is to be killed
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
     if stop_at:
-        trainer.StepRecord = stopping
+        Progress.on_step = stopping_at(stop_at)  # type: ignore[method-assign]
 
     make, load = jax.make_array_from_callback, hf_load.load_weights
 

@@ -37,7 +37,7 @@ MESHES = {"data": "{data: 2, model: 4}", "model": "{data: 1, model: 8}"}  # what
 # What each of them runs, and on one device.
 RUNS = {
     "data": {**SHORT, "prefix_cache": "device"},
-    "model": {**SHORT, "prefix_cache": "disk", "preserve": "kfac", "preserve_kl": 1},
+    "model": {**SHORT, "prefix_cache": "disk", "preserve": "kfac", "preserve_kl": 1, "evaluate": "false"},
 }
 
 

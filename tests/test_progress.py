@@ -110,11 +110,13 @@ def test_notes_are_plain_lines_and_other_libraries_say_no_more_than_one(capsys):
     log_to_terminal()  # once is enough
     log.info("in passing")
     log.warning("a \x1b[2Jthing, 100 %")
+    logging.getLogger("absl").warning("chatter")
+    logging.getLogger("jax._src.xla_bridge").warning("no GPU here")
     try:
         raise OSError("disk full")
     except OSError:
         logging.getLogger("absl").exception("could not write\nand more")
     log.setLevel(level)
     logging.root.handlers = [h for h in logging.root.handlers if not isinstance(h, logs.Terminal)]
-    said = ["in passing", "note: a  [2Jthing, 100 %", "absl: could not write"]
+    said = ["in passing", "note: a  [2Jthing, 100 %", "note: jax: no GPU here", "absl: could not write"]
     assert capsys.readouterr().err.splitlines() == said

@@ -9,8 +9,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +16,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from forked import Forked, edit_until, stopping_at
 
 from locft_jax.cli.command import run_command
 from locft_jax.cli.edit import main as edit
 from locft_jax.editing import checkpointer, trainer
+from locft_jax.editing.hooks import Progress
 
-ROOT = Path(__file__).resolve().parents[2]
-KILLS = 20
 # Long enough that a kill falls anywhere; the floor is out of reach, so that all steps are made.
 LONG = {"num_steps": 12, "loss_floor": 0, "checkpoint_every": 1}
 SHORT = {**LONG, "num_steps": 2, "evaluate": "false", "export": "delta"}
@@ -43,6 +41,11 @@ def result(out: Path) -> dict[str, bytes]:
 
 def names(folder: Path) -> set[str]:
     return {p.name for p in folder.iterdir()} if folder.exists() else set()
+
+
+def saved(out: Path) -> int:
+    """The last step that a run in `out` has kept, 0 for none."""
+    return max((int(name) for name in names(out / "checkpoint" / "steps") if name.isdecimal()), default=0)
 
 
 def said(capsys) -> str:
@@ -68,106 +71,61 @@ def undisturbed(edit_arguments, tmp_path_factory):
 
 
 @contextmanager
-def signal_at(monkeypatch, step: int, number: int = signal.SIGTERM):
-    """A signal to this process when the loss of that step is read."""
-    make = trainer.StepRecord
-
-    def record(epoch, at, *rest):
-        if at == step:
-            os.kill(os.getpid(), number)
-        return make(epoch, at, *rest)
-
+def signal_at(monkeypatch, step: int):
+    """SIGTERM to this process when the loss of that step is known."""
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "StepRecord", record)
+        patch.setattr(Progress, "on_step", stopping_at(step))
         yield
 
 
 # ---------------------------------------------------------------- kill -9, SIGTERM
 
 
-# `python -m locft_jax.edit`, with torch hidden: transformers would take seconds to import it each time.
-PROGRAM = """\
-import sys
-sys.modules["torch"] = None
-from locft_jax.edit import main, run_command
-sys.exit(run_command(main))
-"""
+# Which of the changes to files a run is killed at, as shares of all: from its first file to its last, at once
+# or some seconds later, when another thread may be writing.
+KILLS = [(0.0, 0), (0.1, 0.01), (0.3, 0), (0.45, 0.005), (0.6, 0), (0.7, 0.02), (0.85, 0), (0.95, 0)]
 
 
-def start(arguments: list[str], cache: Path) -> subprocess.Popen:
-    """The edit command as a program of its own, with compiled code shared among all of them."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "PYTHONUNBUFFERED": "1",
-        "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    command = [sys.executable, "-c", PROGRAM, *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, cwd=cache, **pipes)
+def test_killed_and_resumed(edit_arguments, tmp_path):
+    """kill -9 wherever it falls: before the first step, in a checkpoint's write, in the evaluation, in the
+    export. Every chain of killed and resumed runs ends as the run that was left alone."""
+    run = lambda *arguments: Forked(tmp_path / "work", edit_until, *arguments)  # noqa: E731
+    whole = run(edit_arguments(tmp_path / "whole", **LONG), str(tmp_path / "whole"), 0, 0)
+    assert whole.wait() == 0, whole.said()
+    expected, changes = result(tmp_path / "whole"), int(whole.said()[0].split()[-2])
+    assert changes > 100
 
-
-def until_it_begins(process: subprocess.Popen) -> None:
-    """Wait until all is checked and the weights are about to be loaded."""
-    assert process.stdout is not None
-    while line := process.stdout.readline():
-        if " edits, " in line:
-            return
-
-
-def test_killed_at_random_moments_and_resumed(edit_arguments, tmp_path):
-    """kill -9 wherever it falls: before the first step, in a checkpoint's write, in the evaluation, in
-    the export. Every chain of killed and resumed runs ends as the run that was left alone."""
-    out, cache = tmp_path / "out", tmp_path / "cache"
-    cache.mkdir()
-    arguments = edit_arguments(out, **LONG)
-    for _ in range(2):  # the first one fills the cache
-        shutil.rmtree(tmp_path / "whole", ignore_errors=True)
-        whole = start(edit_arguments(tmp_path / "whole", **LONG), cache)
-        until_it_begins(whole)
-        begin = time.monotonic()
-        assert whole.wait() == 0
-        longest = time.monotonic() - begin
-    expected = result(tmp_path / "whole")
-
-    rng = np.random.default_rng(0)
-    kills, found, chains = 0, [], 0
-    while kills < KILLS:
-        process = start([*arguments, "--resume"], cache)
-        until_it_begins(process)
-        try:
-            output, errors = process.communicate(timeout=float(rng.uniform(0, longest)))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            kills += 1
-            assert names(out) <= {"checkpoint"} or result(out) == expected  # whole or not at all
-            found.append(max(checkpointer._steps(out / "checkpoint"), default=0))
-            continue
-        assert process.returncode == 0, errors
-        assert result(out) == expected
-        shutil.rmtree(out)
-        chains += 1
-    last = start([*arguments, "--resume"], cache)
-    assert last.wait() == 0, last.communicate()
+    out, found = tmp_path / "out", []
+    arguments = [*edit_arguments(out, **LONG), "--resume"]
+    for share, after in KILLS:
+        killed = run(arguments, str(out), 1 + int(share * changes), after)
+        status = killed.wait()
+        if status == 0:  # what was left to do made fewer changes
+            assert result(out) == expected
+            shutil.rmtree(out)
+            killed = run(arguments, str(out), 1 + int(share * changes), after)
+            status = killed.wait()
+        assert status == -signal.SIGKILL, killed.said()
+        assert names(out) <= {"checkpoint"} or result(out) == expected  # whole or not at all
+        found.append(saved(out))
+    last = run(arguments, str(out), 0, 0)
+    assert last.wait() == 0, last.said()
     assert result(out) == expected and "checkpoint" not in names(out)
-    assert sorted(names(tmp_path)) == ["cache", "out", "whole"]  # no leftovers beside them
-    assert len(set(found)) > 3  # kills at different steps
-    print(f"{KILLS} kills in {chains + 1} chains, steps saved at each: {found}")
+    assert sorted(names(tmp_path)) == ["out", "whole", "work"]  # no leftovers beside them
+    assert len(set(found)) > 3, found  # kills at different steps
 
 
-def test_a_program_that_is_told_to_stop_says_how_to_go_on(edit_arguments, tmp_path, undisturbed):
-    arguments = edit_arguments(tmp_path / "out", **{**LONG, "num_steps": 400, "checkpoint_every": "10m"})
-    process = start(arguments, tmp_path)
-    until_it_begins(process)
+def test_a_program_that_is_told_to_stop_says_how_to_go_on(edit_arguments, tmp_path):
+    arguments = edit_arguments(tmp_path / "out", **{**LONG, "num_steps": 4000, "checkpoint_every": "10m"})
+    process = Forked(tmp_path / "work", edit_until, arguments, "", 0, 0)
     while not (tmp_path / "out" / "checkpoint" / "before.json").exists():
+        assert process.status() is None, process.said()
         time.sleep(0.05)
     time.sleep(1)  # into the loop, most likely; anywhere is right
-    process.terminate()
-    _, errors = process.communicate()
-    assert process.returncode == 1 and "Traceback" not in errors, errors
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait() == 1
+    errors = process.said()[1]
+    assert "Traceback" not in errors, errors
     assert "interrupted: " in errors and "the same command with --resume goes on from there" in errors
     assert names(tmp_path / "out") == {"checkpoint"}
 
@@ -341,7 +299,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(edit_arguments, tmp
     message = said(capsys)
     assert message.startswith("failed: the loss is nan in epoch 2, step 5, over the edits ")
     assert f"the state after step 4 is kept in {tmp_path / 'out' / 'checkpoint'}" in message
-    assert max(checkpointer._steps(tmp_path / "out" / "checkpoint")) == 4
+    assert saved(tmp_path / "out") == 4
 
 
 def test_a_state_that_is_not_finite_is_not_kept(edit_arguments, tmp_path, capsys):
@@ -356,13 +314,16 @@ def test_a_state_that_is_not_finite_is_not_kept(edit_arguments, tmp_path, capsys
 
 @contextmanager
 def files_of_at_most(size: int):
-    """No file may grow beyond `size` bytes: writing fails as it does on a full disk."""
+    """No file may grow beyond `size` bytes: writing fails as it does on a full disk. What is compiled is not
+    stored meanwhile: half a file would spoil the cache that all tests share."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.mark.parametrize(("export", "size"), [("hf", 100_000), ("orbax", 20_000), ("delta", 3_000)])
