@@ -171,8 +171,8 @@ def test_capability_data(refused, edit_arguments, edits_file, tiny_model_dir, tm
 # ---------------------------------------------------------------- settings
 
 SETTINGS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
-    ({"learning_rate": "1e-3"}, ("unknown key `learning_rate`", "nearest known key is `lr`")),
-    ({"num_step": 3}, ("unknown key `num_step`", "nearest known key is `num_steps`")),
+    ({"learn_rate": "1e-3"}, ("unknown key `learn_rate`", "nearest known key is `learning_rate`")),
+    ({"num_step": 3}, ("unknown key `num_step`", "nearest known key is `num_epochs`")),
     ({"batch_size": 0}, ("`batch_size: 0` is not valid", "a whole number from 1")),
     ({"lr": "nan"}, ("`lr: nan` is not valid", "a number > 0")),
     ({"weights": "int4"}, ("`weights: int4` is not valid", "checkpoint, float32, bfloat16, int8")),
@@ -193,7 +193,10 @@ SETTINGS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"mesh": "{data: 3, model: 1}"}, ("does not fit 8 device(s)", "for example {data: 1, model: 8}")),
     ({"mesh": "{data: 16, model: -1}"}, ("does not fit 8 device(s)",)),
     ({"chat_template": "true"}, ("no chat template", "chat_template=false")),
-    ({"prefix_cache": "host", "memory_budget": "1e-9"}, ("prefix_cache: host needs", "prefix_cache=auto")),
+    (
+        {"prefix_cache": "host", "memory_budget": "1e-9"},
+        ("activation_cache: host needs", "activation_cache=auto"),
+    ),
 ]
 
 
