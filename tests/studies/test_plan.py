@@ -25,7 +25,7 @@ from locft_jax.io import hf_folder, hf_load
 from locft_jax.model.activation_cache import ROWS
 from locft_jax.model.memory import Need
 from locft_jax.model.sharding import make_mesh, place_batch
-from locft_jax.model.weights import weight_table
+from locft_jax.model.weights import Params, weight_table
 from locft_jax.studies.plan import case as cases
 from locft_jax.studies.plan import fit
 from locft_jax.studies.plan.fit import Outcome, Usage, compiled, meshes, smallest
@@ -190,7 +190,7 @@ def test_the_arrays_of_a_plan_are_those_of_a_run(tiny, tiny_model_dir, int8):
     checkpoint = hf_folder.open_folder(str(tiny_model_dir))
     weights = hf_load.load_weights(checkpoint, mesh, int8=int8)
     own = {n: hf_folder.read_tensor(checkpoint, n) for n in case.site}
-    state = init_state(read_site(case.spec, weights, case.site, mesh, own))
+    state = init_state(read_site(Params(case.spec, weights), case.site, mesh, own))
     which = next(epoch_batches(len(case.corpus), 5, 0, 0))
     batch = pack(case.corpus, which, run_shape(case.corpus, schedule_of(case.config), mesh))
     planned = frozen(case, mesh), tuned(case, mesh), placed(batch, mesh)
