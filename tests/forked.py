@@ -75,10 +75,10 @@ def stopping_at(step: int, number: int = signal.SIGTERM) -> Callable[..., None]:
 def edit_until(arguments: list[str], out: str, count: int, after: float) -> int:
     """The edit command, killed `after` some seconds from the `count`-th time that it makes, writes, renames
     or removes a file or folder of a path with `out` in it; with count 0 it tells how often it did."""
+    import jax
+
     from locft_jax.cli.command import run_command
     from locft_jax.cli.edit import main
-
-    import jax
 
     if count:  # half a file would spoil the cache that all tests share
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
