@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from locft_jax.data.capability import CapabilityItem
-from locft_jax.data.packing import Corpus
+from locft_jax.data.packing import Corpus, corpus_from_lists
 from locft_jax.data.requests import EditRequest
 from locft_jax.data.tokenize import as_encoder, check_prompts, encode_pairs, prompt_ids
 from locft_jax.model.spec import ModelSpec
@@ -57,7 +57,8 @@ class Questions:
     prompts: list[list[int]]
     targets: list[list[int]]  # the target's ids; empty where there is no target
     choices: dict[int, tuple[str, ...]]  # probe -> choices that are scored by log-likelihood
-    choice_pairs: Corpus  # a text for each choice of each of these probes, in their order
+    # A text for each choice of each of these probes, in their order.
+    choice_pairs: Corpus = dataclasses.field(default_factory=lambda: corpus_from_lists([], []))
 
     def free(self) -> list[int]:
         """The probes that are answered freely, without choices."""
