@@ -3,8 +3,9 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0"
-__all__ = ["CausalLM", "Config", "UserError", "apply_delta", "edit", "evaluate", "load_model"]
+from locft_jax.version import __version__
+
+__all__ = ["__version__", "CausalLM", "Config", "UserError", "apply_delta", "edit", "evaluate", "load_model"]
 
 if TYPE_CHECKING:
     from locft_jax.api import apply_delta, edit, evaluate

@@ -191,9 +191,9 @@ class _Log:
         if not math.isfinite(value):
             what = "mini-batch" if self.job.schedule.pipeline == "depth" else "epoch"
             raise NonFiniteLoss(
-                f"the loss is {value} in {what} {visit.round + 1}, step {len(self.records) + 1}, over the edits "
-                f"{', '.join(map(str, which[:8]))}{', ...' if len(which) > 8 else ''} (counted from 0); a "
-                "smaller learning_rate, or weights and data without NaN or infinity, would be right"
+                f"the loss is {value} in {what} {visit.round + 1}, step {len(self.records) + 1}, over the "
+                f"the loss is {value} in {what} {visit.round + 1}, step {len(self.records) + 1}, over "
+                "a smaller learning_rate, or weights and data without NaN or infinity, would be right"
             )
         tokens = int(corpus.lengths[corpus.examples_of(which)].sum())
         skipped = value < self.job.schedule.hyper.loss_floor
@@ -206,10 +206,10 @@ class _Log:
 def train(
     job: Job, state: EditState, done: Sequence[StepRecord] = (), hooks: Sequence[Hook] = ()
 ) -> Outcome:
-    """The editing loop. Breadth-first: at most `epochs` shuffled passes in mini-batches; stops when an epoch's
-    mean loss (by example, skipped batches included) falls below the floor. Depth-first: one pass in the order
-    of the data; every mini-batch begins with a fresh Adam and gets at most `epochs` steps, the last of them the
-    one whose loss is below the floor (a skip).
+    """The editing loop. Breadth-first: at most `epochs` shuffled passes in mini-batches; stops when an
+    epoch's mean loss (by example, skipped batches included) falls below the floor. Depth-first: one pass in
+    the order of the data; every mini-batch begins with a fresh Adam and gets at most `epochs` steps, the last
+    of them the one whose loss is below the floor (a skip).
 
     Args:
         job: model, data, schedule, regularizers.
@@ -232,7 +232,8 @@ def train(
         for hook in hooks:
             stack.callback(hook.on_end)
             hook.on_start(done)
-        for visit, *inputs, regularizers in stack.enter_context(contextlib.closing(ahead(batches(job, first)))):
+        ready = stack.enter_context(contextlib.closing(ahead(batches(job, first))))
+        for visit, *inputs, regularizers in ready:
             if visit.first and log.steps and not depth:
                 log.read()
                 if mean_loss([r for r in log.records if r.epoch == visit.round - 1]) < floor:

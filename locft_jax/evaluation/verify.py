@@ -62,7 +62,9 @@ def score_batch(params: Params, inputs: Inputs, batch: Batch) -> tuple[jax.Array
     return decoder.best_token(scores), label - jax.nn.logsumexp(scores, -1)
 
 
-def packed(corpus: Corpus, which: np.ndarray, row_length: int, mesh: Mesh) -> Iterator[tuple[np.ndarray, Batch]]:
+def packed(
+    corpus: Corpus, which: np.ndarray, row_length: int, mesh: Mesh
+) -> Iterator[tuple[np.ndarray, Batch]]:
     """The examples `which` in packed batches of one shape, longest first: (those in it, batch)."""
     part = corpus.take(which)
     length, rows = even_rows(part, row_length, ROWS, mesh.shape["data"])
@@ -126,7 +128,7 @@ class _Answers:
 
     def __init__(self, prompts: Prompts) -> None:
         self.given, self.stop = prompts, prompts.stop
-        self.answers = [list(a) for a in prompts.begun] if prompts.begun is not None else [[] for _ in prompts.ids]
+        self.answers = [list(a) for a in prompts.begun or ([],) * len(prompts.ids)]
         room = [max(0, prompts.new_tokens - len(a)) for a in self.answers]
         self.drafts = [_until_stop(d, self.stop)[:r] for d, r in zip(prompts.drafts, room, strict=True)]
         self.verified: list[bool | None] = [None] * len(room)  # by the first pass that read it, None before

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from locft_jax import __version__
 from locft_jax.errors import UserError
 from locft_jax.io.hf_folder import DTYPES, HFFolder, read_raw, read_tensor
 from locft_jax.io.remote import local_copy
 from locft_jax.io.safetensors_header import explain
+from locft_jax.version import __version__
 
 BASE = "base::"
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from locft_jax import __version__
 from locft_jax.errors import printable
 from locft_jax.evaluation.report import ROWS
 from locft_jax.io.delta import Delta
 from locft_jax.io.hf_folder import HFFolder
+from locft_jax.version import __version__
 
 README = "README.md"
 # What stands before a card: in a file that was there, and in one that the card makes.

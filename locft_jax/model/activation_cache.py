@@ -93,8 +93,8 @@ def choose_mode(
         return next(m for m, budget in room.items() if size <= budget)
     if size > room[mode]:
         raise UserError(
-            f"activation_cache: {mode} needs {size / 2**30:.2f} GiB, the budget is {room[mode] / 2**30:.2f} GiB; "
-            "use activation_cache=auto or a larger memory_budget"
+            f"activation_cache: {mode} needs {size / 2**30:.2f} GiB, the budget is "
+            f"{room[mode] / 2**30:.2f} GiB; use activation_cache=auto or a larger memory_budget"
         )
     return mode
 

@@ -3,15 +3,15 @@
 One file a key in `$XDG_CACHE_HOME/locft_jax/moments` (else `~/.cache/...`), which may be deleted at any time.
 """
 
+import dataclasses
 import json
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from locft_jax.data.records import digest
 from locft_jax.editing.regularizers.second_moments import Leading, Moments
@@ -23,69 +23,48 @@ from locft_jax.model.sharding import fetch
 MOST = 4 * 2**30  # bytes of all files
 
 
-def folder() -> Path:
-    """Where the files are."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "locft_jax" / "moments"
-
-
 def remembered(key: Mapping[str, Any], compute: Callable[[], Moments]) -> Moments:
     """The moments that were computed under this `key` (JSON types: all that they follow from), else those of
     `compute`, kept for the next time, the oldest files making room. A file that cannot be read or written is
     no error."""
-    path = folder() / f"{digest([dict(key)])}.safetensors"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = cache / "locft_jax" / "moments" / f"{digest([dict(key)])}.npz"
     try:
         return _read(path)
-    except (OSError, ValueError, KeyError, SafetensorError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         found = compute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as part:
-            part.write_bytes(_bytes(found))
-        _make_room(path)
+        with whole_file(path) as part, part.open("wb") as file:
+            _write(file, found)
+        files = sorted(path.parent.glob("*.npz"), key=lambda p: p.stat().st_mtime, reverse=True)
+        sizes = np.cumsum([p.stat().st_size for p in files])
+        for old in [p for p, total in zip(files[1:], sizes[1:], strict=True) if total > MOST]:
+            old.unlink(missing_ok=True)
     except OSError as e:
-        log.warning(f"second moments could not be kept in {path.parent} ({reason(e)}): computed anew")
+        log.warning(f"second moments cannot be kept in {path.parent} ({reason(e)}): every run computes them")
     return found
 
 
-def _make_room(newest: Path) -> None:
-    """Delete the oldest files beyond MOST bytes in all."""
-    files = sorted(newest.parent.glob("*.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True)
-    total = newest.stat().st_size
-    for path in files:
-        if path != newest:
-            total += path.stat().st_size
-            if total > MOST:
-                path.unlink(missing_ok=True)
-
-
-def _bytes(moments: Moments) -> bytes:
-    """Every moment once, with the names that share it."""
+def _write(file: Any, moments: Moments) -> None:
+    """Every moment once, and which names share it."""
     unique = {id(m): m for m in moments.values()}
-    number = {key: i for i, key in enumerate(unique)}
-    tensors: dict[str, np.ndarray] = {}
-    traces: dict[str, float] = {}
+    number = {key: str(i) for i, key in enumerate(unique)}
+    arrays = {"names": np.array(json.dumps({name: number[id(m)] for name, m in moments.items()}))}
     for key, moment in unique.items():
-        i = str(number[key])
-        if isinstance(moment, Leading):
-            traces[i] = moment.trace
-            tensors |= {f"{i}.vectors": np.ascontiguousarray(moment.vectors), f"{i}.values": moment.values}
-        else:
-            tensors[i] = fetch(moment)
-    names = {name: str(number[id(m)]) for name, m in moments.items()}
-    return save(tensors, metadata={"names": json.dumps(names), "traces": json.dumps(traces)})
+        parts = dataclasses.asdict(moment) if isinstance(moment, Leading) else {"whole": fetch(moment)}
+        arrays |= {f"{number[key]}.{part}": np.asarray(value) for part, value in parts.items()}
+    np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def _read(path: Path) -> Moments:
-    with safe_open(path, "np") as file:
-        about = file.metadata()
-        names, traces = json.loads(about["names"]), json.loads(about["traces"])
-        made: dict[str, Any] = {}
-        for i in names.values():
-            if i in made:
-                continue
-            if i in traces:
-                values = np.ascontiguousarray(file.get_tensor(f"{i}.values"))
-                made[i] = Leading(file.get_tensor(f"{i}.vectors"), values, traces[i])
-            else:
-                made[i] = file.get_tensor(i)
+    with np.load(path, allow_pickle=False) as file:
+        names: dict[str, str] = json.loads(str(file["names"]))
+
+        def moment(i: str) -> Any:
+            if f"{i}.whole" in file:
+                return file[f"{i}.whole"]
+            return Leading(file[f"{i}.vectors"], file[f"{i}.values"], float(file[f"{i}.trace"]))
+
+        made = {i: moment(i) for i in dict.fromkeys(names.values())}
     return {name: made[i] for name, i in names.items()}
