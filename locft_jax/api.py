@@ -25,6 +25,7 @@ from locft_jax.editing.site import first_layer
 from locft_jax.evaluation.ask import ask, differing_share, later_drafts, probe_cache
 from locft_jax.evaluation.dynamics import Dynamics
 from locft_jax.evaluation.probes import Answers, Questions
+from locft_jax.evaluation.report import ROWS
 from locft_jax.evaluation.scoring import counts, figures, predictions, unreachable
 from locft_jax.evaluation.verify import ProbeCache
 from locft_jax.io.delta import Delta, load_delta, make_delta
@@ -128,7 +129,7 @@ def edit_prepared(
     tensors = {**to_checkpoint_dtype(model.folder, model.overrides), **done.tensors}
     delta = make_delta(model.folder, tensors, delta_metadata(prepared, report))
     report["fingerprint"] = delta.metadata["fingerprint"]
-    card = make_card(model_name(model.folder, config.model_name_or_path), report, delta)
+    card = make_card(model_name(model.folder, config.model_name_or_path), report, delta, ROWS)
     delta = dataclasses.replace(delta, metadata={**delta.metadata, "cards": json.dumps([card])})
     steps = [dataclasses.asdict(record) for record in done.outcome.records]
     said = predictions(questions, measured.before, measured.after) if questions else []

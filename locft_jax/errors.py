@@ -1,8 +1,19 @@
 """What the user got wrong: commands print it without a traceback and exit with status 2."""
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """Wrong input. The message says what is wrong, where, and what would be right."""
+
+
+def refuse(head: str, wrong: Sequence[str], most: int = 10) -> None:
+    """Raise UserError if anything is wrong: on one line, or a list that fits a screen."""
+    if len(wrong) == 1:
+        raise UserError(f"{head}: {wrong[0]}")
+    if wrong:
+        more = [f"... and {len(wrong) - most} more"] if len(wrong) > most else []
+        raise UserError("\n  ".join([f"{head}:", *wrong[:most], *more]))
 
 
 def is_panic(error: BaseException) -> bool:

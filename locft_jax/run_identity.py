@@ -44,7 +44,8 @@ def versions() -> dict[str, str]:
 def base_digest(checkpoint: HFFolder, site: Sequence[str]) -> str:
     """sha256 that tells one base model from another without reading it all: every tensor's name,
     dtype, shape and first row, and the whole of the site's tensors."""
-    sha256 = hashlib.sha256(fingerprint(checkpoint, {n: read_tensor(checkpoint, n) for n in site}).encode())
+    own = {n: read_tensor(checkpoint, n) for n in site}
+    sha256 = hashlib.sha256(fingerprint(checkpoint.layout, own).encode())
 
     def first_row(name: str) -> bytes:
         shape = checkpoint.tensors[name].shape  # a buffer without elements or dimensions has no first row

@@ -17,7 +17,7 @@ from locft_jax.evaluation.report import plain
 from locft_jax.evaluation.scoring import cut, stop_tables
 from locft_jax.evaluation.verify import Prompts, answer
 from locft_jax.io.delta import load_delta
-from locft_jax.io.remote import place
+from locft_jax.io.remote import path_or_url
 from locft_jax.logs import say
 from locft_jax.model.model import Model
 from locft_jax.prepare import Prepared, no_site, prepare
@@ -98,7 +98,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; `pairs` are its key=value overrides, `rest` its prompts."""
     parser = new_parser("ask", __doc__, "prompt")
     parser.add_argument("--model", required=True, help="model folder or Hub id")
-    parser.add_argument("--delta", type=place, help="delta.safetensors: answers before and after it")
+    parser.add_argument("--delta", type=path_or_url, help="delta.safetensors: answers before and after it")
     parser.add_argument("--max-tokens", type=int, default=NEW_TOKENS, help=f"default: {NEW_TOKENS}")
     args = parse_words(parser, argv, text=True)
     if args.max_tokens < 1:

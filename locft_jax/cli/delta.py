@@ -16,11 +16,12 @@ from rich.table import Table
 from locft_jax.errors import UserError
 from locft_jax.evaluation.report import plain
 from locft_jax.io import outputs
-from locft_jax.io.delta import Delta, check_delta, diff_delta, load_delta, save_delta
-from locft_jax.io.delta_ops import Change, changes, compose_deltas, merge_deltas
+from locft_jax.io.delta import Delta, check_delta, load_delta, save_delta
+from locft_jax.io.delta_ops import Change, changes, compose_deltas, diff_delta, merge_deltas
 from locft_jax.io.hf_folder import open_folder
+from locft_jax.io.hf_save import save_hf
 from locft_jax.io.model_card import readme
-from locft_jax.io.remote import place, size_of
+from locft_jax.io.remote import open_path, path_or_url, size_of
 from locft_jax.logs import Bar
 
 ROWS = 20  # tensors that `show` lists: a screen
@@ -45,11 +46,11 @@ def revert(args: argparse.Namespace) -> None:
 def _rewrite(args: argparse.Namespace, edited: bool) -> None:
     delta = load_delta(args.delta)
     checkpoint = open_folder(args.model)
-    outputs.check_model_out(args.out, args.overwrite, checkpoint.place)
+    outputs.check_model_out(args.out, args.overwrite, checkpoint.source)
     check_delta(checkpoint, delta, edited=edited)
     values = delta.base if edited else delta.new
     cards = readme(checkpoint.path, delta.cards(), revert=edited)
-    outputs.save_model(checkpoint, values, args.out, cards)
+    save_hf(checkpoint, values, open_path(args.out), cards)
     files = {info.file for info in checkpoint.tensors.values()}
     touched = {checkpoint.tensors[n].file for n in values}
     say(f"{args.out}/: {len(values)} tensor(s) rewritten, in {len(touched)} of {len(files)} weight file(s)")
@@ -160,22 +161,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         own = actions.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)  # type: ignore[attr-defined]
         own.set_defaults(run=run)
         if out:
-            own.add_argument("--out", type=place, required=True, metavar=out, help="what to write")
+            own.add_argument("--out", type=path_or_url, required=True, metavar=out, help="what to write")
             own.add_argument("--overwrite", action="store_true", help="replace an existing --out when done")
         return own
 
     for run, what in ((apply, "base model: folder or Hub id"), (revert, "edited model: folder or Hub id")):
         own = action(run, "DIR")
-        own.add_argument("delta", type=place, metavar="DELTA")
+        own.add_argument("delta", type=path_or_url, metavar="DELTA")
         own.add_argument("--model", required=True, help=what)
-    action(show, None).add_argument("deltas", type=place, nargs="+", metavar="DELTA")
+    action(show, None).add_argument("deltas", type=path_or_url, nargs="+", metavar="DELTA")
     own = action(diff, "DELTA")
     own.add_argument("base", metavar="BASE", help="folder or Hub id")
     own.add_argument("edited", metavar="EDITED", help="folder or Hub id")
-    action(merge, "DELTA").add_argument("deltas", type=place, nargs="+", metavar="DELTA")
+    action(merge, "DELTA").add_argument("deltas", type=path_or_url, nargs="+", metavar="DELTA")
     own = action(compose, "DELTA")
-    own.add_argument("first", type=place, metavar="FIRST")
-    own.add_argument("second", type=place, metavar="SECOND")
+    own.add_argument("first", type=path_or_url, metavar="FIRST")
+    own.add_argument("second", type=path_or_url, metavar="SECOND")
     args = parser.parse_args(argv)
     if args.run is merge and len(args.deltas) < 2:
         raise UserError("merge: give two deltas or more")

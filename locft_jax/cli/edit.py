@@ -26,9 +26,9 @@ from locft_jax.io import orbax_export, outputs
 from locft_jax.io.atomic import write_json, write_jsonl
 from locft_jax.io.delta import save_delta
 from locft_jax.io.hf_load import frozen_dtype
-from locft_jax.io.hf_save import save_hf, save_hf_at
+from locft_jax.io.hf_save import save_hf
 from locft_jax.io.model_card import readme
-from locft_jax.io.remote import Remote, check_prefix, place
+from locft_jax.io.remote import Remote, path_or_url
 from locft_jax.logs import log
 from locft_jax.model.memory import as_text, device_memory, estimate, step_of
 from locft_jax.prepare import Prepared, prepare
@@ -54,7 +54,7 @@ def carry_out(args: argparse.Namespace) -> None:
     if first and not args.check:
         outputs.check_out(out, args.overwrite, args.resume)
         if store:
-            check_prefix(store, args.overwrite, args.resume)
+            outputs.check_prefix(store, args.overwrite, args.resume)
     prepared = look(config, earlier, args.start_from)
     if args.check:
         return print_check(prepared, console)
@@ -127,10 +127,7 @@ def write(
             save_delta(result.delta, folder / "delta.safetensors")
         if "hf" in config.export:
             files = readme(prepared.folder.path, result.delta.cards())
-            if store:
-                save_hf_at(prepared.folder, new, store / "hf", files)
-            else:
-                save_hf(prepared.folder, new, folder / "hf", files)
+            save_hf(prepared.folder, new, store / "hf" if store else folder / "hf", files)
         if "orbax" in config.export:
             orbax_export.save_orbax(prepared.folder, new, folder / "orbax")
         write_jsonl(folder / "edits.jsonl", map(to_record, prepared.data.requests))
@@ -191,13 +188,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; `pairs` are its key=value overrides."""
     parser = new_parser("edit", __doc__, "CONFIG.yaml | key=value")
     add = parser.add_argument
-    add("--out", type=place, help="folder or URL (gs://...) of results (default: output_dir or runs/NAME)")
+    add("--out", type=path_or_url, help="folder or URL (gs://...) of results (default: output_dir, runs/NAME)")
     add("--overwrite", action="store_true", help="replace an existing --out when the run is done")
     add("--resume", action="store_true", help="continue the interrupted run in --out, if there is one")
     add("--check", action="store_true", help="print what the run would do, and stop before loading the model")
     add("--keep-checkpoint", action="store_true", help="leave the last checkpoint in --out when done")
-    add("--continue-from", type=place, metavar="OUT", help="add the edits to those of a finished run; its "
-        "settings are the defaults, and all edits are trained together")  # fmt: skip
+    add("--continue-from", type=path_or_url, metavar="OUT", help="add the edits to those of a finished run; "
+        "its settings are the defaults, and all edits are trained together")  # fmt: skip
     add("--start-from", choices=("base", "last"), default="base", help="with --continue-from: train from "
         "the base weights (default), or from where that run ended")  # fmt: skip
     add("--profile", metavar="DIR", help="write a jax.profiler trace of a few steps")

@@ -13,7 +13,7 @@ from locft_jax.evaluation.report import plain
 from locft_jax.io import outputs
 from locft_jax.io.atomic import write_json
 from locft_jax.io.delta import load_delta
-from locft_jax.io.remote import place
+from locft_jax.io.remote import path_or_url
 from locft_jax.logs import say
 from locft_jax.prepare import no_site, prepare
 
@@ -59,9 +59,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; `pairs` are its key=value overrides."""
     parser = new_parser("evaluate", __doc__, "key=value")
     parser.add_argument("--model", required=True, help="model folder or Hub id")
-    parser.add_argument("--delta", type=place, help="delta.safetensors to apply in memory first")
+    parser.add_argument("--delta", type=path_or_url, help="delta.safetensors to apply in memory first")
     parser.add_argument("--data", required=True, help="edits whose probes are asked: file or Hub id")
-    parser.add_argument("--out", type=place, help="JSON file for the figures and every answer")
+    parser.add_argument("--out", type=path_or_url, help="JSON file for the figures and every answer")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --out when done")
     distributed.add_flags(parser)
     args = parse_words(parser, argv)

@@ -1,4 +1,9 @@
-"""Files and folders that appear whole or not at all: written beside, fsynced, renamed."""
+"""Atomic writes: files and folders that appear whole or not at all.
+
+Here they are written beside, fsynced and renamed. An object store has no folders and renames nothing, so
+there a prefix is complete when its last file (a run's `report.json`, a model's `config.json`) is there: it is
+removed first and written last, and until then the file `.locft-part` marks a half-written prefix.
+"""
 
 import json
 import os
@@ -9,6 +14,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from locft_jax.io.remote import Remote, in_parallel
+
+PART = ".locft-part"
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None where there is none, or one that cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
 
 def write_json(path: Path, value: Any) -> None:
     """Readable JSON, keys in the given order."""
@@ -16,7 +36,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_jsonl(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """One JSON object a line."""
+    """One JSON object per line."""
     with path.open("w", encoding="utf-8") as f:
         f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
@@ -30,8 +50,8 @@ def append_jsonl(path: Path, line: Mapping[str, Any]) -> None:
 
 
 def kept_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The lines that `append_jsonl` left, [] where there is no file; without the one that was being written
-    when the process was killed."""
+    """The lines that `append_jsonl` left, [] where there is no file; the one that was being written when the
+    process was killed is dropped."""
     lines = []
     if path.exists():
         for text in path.read_text(encoding="utf-8").splitlines():
@@ -48,6 +68,9 @@ def write_whole_json(out: Path, value: Any) -> None:
         write_json(part, value)
 
 
+# ---------------------------------------------------------------- files and folders here
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -59,8 +82,8 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def whole_file(out: Path) -> Iterator[Path]:
-    """A file to write that becomes `out` by renaming when the block ends well; on any error what was at
-    `out` before stays as it was."""
+    """A file to write that becomes `out` by renaming when the block ends well; on any error what was at `out`
+    stays as it was."""
     out = out.resolve()
     part, _ = beside(out)
     try:
@@ -74,8 +97,8 @@ def whole_file(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `out` by renaming when the block ends well; on any error what was
-    at `out` before stays as it was. A process that dies meanwhile leaves names to `recover`."""
+    """A folder to fill that becomes `out` by renaming when the block ends well; on any error what was there
+    stays as it was. A process that dies meanwhile leaves names to `recover`."""
     out = out.resolve()
     part, old = beside(out)
     shutil.rmtree(part, ignore_errors=True)
@@ -85,7 +108,11 @@ def whole_folder(out: Path) -> Iterator[Path]:
         for path in [*part.rglob("*"), part]:
             sync(path)
     except BaseException:
-        _remove(part)
+        for _ in range(20):  # after an error another library's threads may still write into it
+            shutil.rmtree(part, ignore_errors=True)
+            if not part.exists():
+                break
+            time.sleep(0.1)
         raise
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
@@ -96,7 +123,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 
 def recover(out: Path) -> None:
-    """Finish or take back what a `whole_folder` that was killed left undone."""
+    """Finish or undo what a `whole_folder` that was killed left half done."""
     out = out.resolve()
     part, old = beside(out)
     if old.exists() and not out.exists():
@@ -105,23 +132,40 @@ def recover(out: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
 
 
-def _remove(folder: Path) -> None:
-    """Remove a folder, also one that another library's threads, after an error, still write into."""
-    for _ in range(20):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            return
-        time.sleep(0.1)
-
-
 def beside(out: Path) -> tuple[Path, Path]:
-    """Names of what is being made and of the folder it replaces: ours alone, nobody else's."""
+    """Names, ours alone, of what is being made and of the folder that it replaces."""
     return out.with_name(f".{out.name}.locft-part"), out.with_name(f".{out.name}.locft-old")
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; None where there is none, or one that cannot be read."""
+# ---------------------------------------------------------------- prefixes of an object store
+
+
+@contextmanager
+def prefix(store: Remote, proof: str) -> Iterator[None]:
+    """Around what writes to `store`, in place of what is there, and the file `proof` last. On any error
+    nothing is left there: what was there before is gone too, for an object store cannot rename."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+        (store / PART).write(b"")
+        (store / proof).remove()
+        in_parallel(lambda name: (store / name).remove(), set(store.all_names()) - {PART})
+        yield
+        (store / PART).remove()
+    except BaseException:
+        store.remove()
+        raise
+
+
+@contextmanager
+def whole_prefix(store: Remote, part: Path, proof: str = "report.json") -> Iterator[Path]:
+    """A local folder (`part`) to fill, which is uploaded to `store` when the block ends well; the block may
+    also write there itself. As `prefix`."""
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        with prefix(store, proof):
+            yield part
+            files = {str(p.relative_to(part)) for p in part.rglob("*") if p.is_file()}
+            in_parallel(lambda name: (store / name).upload(part / name), sorted(files - {proof}))
+            (store / proof).upload(part / proof)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -1,19 +1,59 @@
-"""Deltas put together, and measured: merge, compose, and how much a delta changes."""
+"""Deltas made of folders and of other deltas (diff, merge, compose), and how much a delta changes."""
 
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from locft_jax.errors import UserError
-from locft_jax.io.delta import CODES, Delta, Layout, assemble, differences, origin, refuse
+from locft_jax import __version__
+from locft_jax.errors import UserError, refuse
+from locft_jax.io.delta import CODES, Delta, assemble, differences, make_delta
+from locft_jax.io.hf_folder import DTYPES, HFFolder, Layout, read_tensor
+
+
+def origin(how: str, deltas: Sequence[Delta]) -> dict[str, Any]:
+    """Metadata of a delta that was made of others: what they were, and how many edits in all."""
+    made: dict[str, Any] = {"made_by": how, "versions": {"locft-jax": __version__, "numpy": np.__version__}}
+    parents = [
+        {k: v for k, v in delta.metadata.items() if k in ("made_by", "data_sha256")}
+        | {k: json.loads(v) for k, v in delta.metadata.items() if k in ("edits", "parents")}
+        for delta in deltas
+    ]
+    cards = [card for delta in deltas for card in delta.cards()]
+    if how == "merge":
+        parents.sort(key=lambda p: json.dumps(p, sort_keys=True))
+        cards.sort()
+    if cards:
+        made["cards"] = cards
+    if parents:
+        made["parents"] = parents
+    if parents and all("edits" in p for p in parents):
+        made["edits"] = sum(p["edits"] for p in parents)
+    return made
+
+
+def diff_delta(base: HFFolder, edited: HFFolder) -> Delta:
+    """The delta that makes `edited` of `base`, read tensor by tensor.
+
+    Raises UserError unless both have the same names, shapes and dtypes, and some tensor differs.
+    """
+    wrong = differences(edited.layout, base.layout)
+    refuse(f"diff: the tensors of {edited.source} are not those of {base.source}", wrong)
+    names = [n for n in sorted(base.tensors) if not _same(read_tensor(base, n), read_tensor(edited, n))]
+    if not names:
+        raise UserError(f"diff: every tensor of {edited.source} has the bytes of {base.source}'s: no delta")
+    wrong = [f"{n} has dtype {base.tensors[n].dtype}" for n in names if base.tensors[n].dtype not in DTYPES]
+    refuse(f"diff: tensors that differ have dtypes other than {', '.join(DTYPES)}", wrong)
+    return make_delta(base, {n: read_tensor(edited, n) for n in names}, origin("diff", []))
 
 
 def merge_deltas(deltas: Sequence[Delta]) -> tuple[Delta, list[str]]:
     """One delta that does what all of `deltas`, made on one base, do; and the tensors that several of them
     edit. Those become base + (A - base) + (B - base) ..., in float32, rounded to the tensor's dtype: a sum,
-    of which nobody knows whether both edits survive it. The order of `deltas` changes no byte.
+    so measure whether both edits survive it. The order of `deltas` changes no byte.
 
     Raises UserError for deltas of different bases, and for a sum beyond the dtype's range.
     """
@@ -21,11 +61,8 @@ def merge_deltas(deltas: Sequence[Delta]) -> tuple[Delta, list[str]]:
     base: dict[str, np.ndarray] = {}
     for number, delta in enumerate(deltas, 1):
         wrong = differences(_layout(delta, number), first)
-        wrong += [
-            f"{n} had other values"
-            for n, a in sorted(delta.base.items())
-            if n in base and not _same(base[n], a)
-        ]
+        known = sorted(delta.base.keys() & base.keys())
+        wrong += [f"{n} had other values" for n in known if not _same(base[n], delta.base[n])]
         refuse(f"merge: delta {number} was made on another base than the one(s) before it", wrong)
         base.update(delta.base)
     new, shared = {}, []
@@ -103,7 +140,8 @@ def changes(delta: Delta) -> Iterator[Change]:
             largest = float(np.abs(change).max(initial=0))
         rank = None
         if change.ndim == 2 and np.isfinite(change).all():
-            rank = _rank(change, norms[2], float(ml_dtypes.finfo(delta.new[name].dtype).eps))
+            eps = float(ml_dtypes.finfo(delta.new[name].dtype).eps)  # type: ignore[no-untyped-call]
+            rank = _rank(change, norms[2], eps)
         dtype = CODES[delta.new[name].dtype]
         yield Change(name, dtype, change.shape, norms[0], norms[1], largest, rank)
 

@@ -1,4 +1,8 @@
-"""io.hf_load."""
+"""Loading: a model folder's weights streamed into sharded, layer-stacked arrays, its tokenizer, a Model.
+
+Each device's callback reads the byte ranges that it needs straight from the safetensors files; nothing passes
+through torch.
+"""
 
 import functools
 import itertools
@@ -11,8 +15,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
+from numpy.typing import DTypeLike
 
-from locft_jax.errors import UserError, is_panic
+from locft_jax.errors import UserError, is_panic, refuse
 from locft_jax.io import reading
 from locft_jax.io.hf_folder import HFFolder, open_folder, read_part, read_tensor
 from locft_jax.model.model import Model
@@ -25,44 +30,43 @@ BLOCK = 2**21  # elements that are quantized at once by a thread
 
 
 def load_weights(
-    checkpoint: HFFolder, mesh: Mesh | None = None, dtype: Any = None, int8: bool = False
+    folder: HFFolder, mesh: Mesh | None = None, dtype: DTypeLike | None = None, int8: bool = False
 ) -> Weights:
-    """Stream the checkpoint onto the mesh: {key: [L, out, in] or [out, in]}, sharded by the table.
+    """Stream the weights onto the mesh: {key: [L, out, in] or [out, in]}, sharded by the table.
 
-    Each device's callback reads its own byte ranges; host memory beyond the arrays is one shard.
-    `dtype` None keeps the checkpoint's; with `int8` matrices are a Quantized, the rest is in `dtype`.
+    Host memory beyond the arrays is one shard. `dtype` None keeps what is stored; with `int8` matrices are a
+    Quantized, the rest is in `dtype`.
     """
     mesh = make_mesh() if mesh is None else mesh
-    dtype = np.dtype(checkpoint.dtype if dtype is None else dtype)
+    dtype = np.dtype(folder.dtype if dtype is None else dtype)
 
-    def callback(row: Row, index: tuple[slice, ...]) -> np.ndarray:
+    def shard(row: Row, index: reading.Index) -> np.ndarray:
         names, inner = (row.names()[index[0]], index[1:]) if row.layers else ([row.hf], index)
-        sizes = tuple(len(range(*s.indices(n))) for s, n in zip(inner, row.shape, strict=True))
-        out = reading.empty((len(names), *sizes), dtype)
+        out = reading.empty((len(names), *reading.part_shape(inner, row.shape)), dtype)
         blocks = (
             job
             for name, part in zip(names, out, strict=True)
-            for job in reading.jobs(checkpoint.place, checkpoint.tensors[name], inner, part)
+            for job in reading.jobs(folder.source, folder.tensors[name], inner, part)
         )
         for done in [pool.submit(job) for job in blocks]:
             done.result()
         return out if row.layers else out[0]
 
     weights: Weights = {}
-    table = weight_table(checkpoint.spec)
-    with ThreadPoolExecutor(reading.threads(checkpoint.place)) as pool:
-        for key, place in weight_shardings(mesh, checkpoint.spec, int8).items():
-            if isinstance(place, Quantized):
-                weights[key] = _load_int8(checkpoint, table[key], place, pool)
+    table = weight_table(folder.spec)
+    with ThreadPoolExecutor(reading.threads(folder.source)) as pool:
+        for key, sharding in weight_shardings(mesh, folder.spec, int8).items():
+            if isinstance(sharding, Quantized):
+                weights[key] = _load_int8(folder, table[key], sharding, pool)
             else:
-                block = functools.partial(callback, table[key])
-                weights[key] = jax.make_array_from_callback(table[key].stacked, place, block)
+                read = functools.partial(shard, table[key])
+                weights[key] = jax.make_array_from_callback(table[key].stacked, sharding, read)
     return weights
 
 
-def _load_int8(checkpoint: HFFolder, row: Row, place: Quantized, pool: ThreadPoolExecutor) -> Quantized:
-    """A row of the table, quantized while it is read: host memory beyond one int8 shard is a few
-    BLOCKs a thread.
+def _load_int8(folder: HFFolder, row: Row, shardings: Quantized, pool: ThreadPoolExecutor) -> Quantized:
+    """A row of the table, quantized while it is read: host memory beyond one int8 shard is a few BLOCKs per
+    thread.
 
     A scale is that of the whole row of the matrix, so a device that holds a part of the columns reads all
     of them, unless another has done so.
@@ -71,7 +75,8 @@ def _load_int8(checkpoint: HFFolder, row: Row, place: Quantized, pool: ThreadPoo
     scale = np.zeros((len(names), height), np.float32)  # 0: not known yet
     step = max(1, BLOCK // width)
 
-    def values(index: Any) -> np.ndarray:
+    def values(index: reading.Index | None) -> np.ndarray:
+        assert index is not None  # of scalars only
         rows, columns = index[-2:]
         some = range(height)[rows]
         layers = range(len(names))[index[0]] if row.layers else range(1)
@@ -81,9 +86,9 @@ def _load_int8(checkpoint: HFFolder, row: Row, place: Quantized, pool: ThreadPoo
             own = some[start : start + step]
             part, of_rows = slice(own.start, own.stop), scale[layers[i], own.start : own.stop]
             if of_rows.all():
-                block = read_part(checkpoint, names[layers[i]], (part, columns))
+                block = read_part(folder, names[layers[i]], (part, columns))
             else:
-                block = read_part(checkpoint, names[layers[i]], (part, slice(None)))
+                block = read_part(folder, names[layers[i]], (part, slice(None)))
                 of_rows[:] = row_scales(block)
                 block = block[:, columns]
             out[i, start : start + step] = quantize_rows(block, of_rows)
@@ -92,30 +97,31 @@ def _load_int8(checkpoint: HFFolder, row: Row, place: Quantized, pool: ThreadPoo
         list(pool.map(fill, *zip(*blocks, strict=True)))
         return out if row.layers else out[0]
 
-    loaded = jax.make_array_from_callback(row.stacked, place.values, values)
+    loaded = jax.make_array_from_callback(row.stacked, shardings.values, values)
     known = scale if row.layers else scale[0]
-    return Quantized(loaded, jax.make_array_from_callback(known.shape, place.scale, known.__getitem__))
+    scales = jax.make_array_from_callback(known.shape, shardings.scale, lambda index: known[index])
+    return Quantized(loaded, scales)
 
 
-def load_tokenizer(checkpoint: HFFolder) -> Any:
+def load_tokenizer(folder: HFFolder) -> Any:
     """The folder's fast tokenizer. Raises UserError when there is none."""
     from transformers import AutoTokenizer
 
     names = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if not any((checkpoint.path / n).exists() for n in names):
-        raise UserError(f"{checkpoint.place}: no tokenizer (tokenizer.json) in this model folder")
+    if not any((folder.path / n).exists() for n in names):
+        raise UserError(f"{folder.source}: no tokenizer (tokenizer.json) in this model folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            str(checkpoint.path), trust_remote_code=False, local_files_only=True
+            str(folder.path), trust_remote_code=False, local_files_only=True
         )
         tokenizer("a")  # some settings are only looked at here
     except BaseException as e:  # any failure means unusable files
         if not (isinstance(e, Exception) or is_panic(e)):
             raise
-        reason = " ".join(str(e).replace(str(checkpoint.path), str(checkpoint.place)).split())[:200]
-        raise UserError(f"{checkpoint.place}: the tokenizer cannot be loaded ({reason})") from None
+        reason = " ".join(str(e).replace(str(folder.path), str(folder.source)).split())[:200]
+        raise UserError(f"{folder.source}: the tokenizer cannot be loaded ({reason})") from None
     if not tokenizer.is_fast:
-        raise UserError(f"{checkpoint.place}: no fast tokenizer (tokenizer.json) in this model folder")
+        raise UserError(f"{folder.source}: no fast tokenizer (tokenizer.json) in this model folder")
     return tokenizer
 
 
@@ -125,40 +131,35 @@ def load_model(path_or_id: str, weights: str = "checkpoint", mesh: Mapping[str, 
 
     Raises UserError for anything that is wrong with the folder, before weights are read.
     """
-    checkpoint = open_folder(path_or_id)
-    tokenizer = load_tokenizer(checkpoint)
-    return load_opened(checkpoint, tokenizer, make_mesh(mesh), weights)
+    folder = open_folder(path_or_id)
+    return load_opened(folder, load_tokenizer(folder), make_mesh(mesh), weights)
 
 
-def load_opened(checkpoint: HFFolder, tokenizer: Any, mesh: Mesh, weights: str = "checkpoint") -> Model:
-    """The model of a checkpoint that has been opened and checked."""
-    loaded = load_weights(checkpoint, mesh, frozen_dtype(checkpoint, weights), weights == "int8")
-    check_finite(checkpoint, loaded)
-    return Model(Params(checkpoint.spec, loaded), mesh, tokenizer, checkpoint)
+def load_opened(folder: HFFolder, tokenizer: Any, mesh: Mesh, weights: str = "checkpoint") -> Model:
+    """The model of a folder that has been opened and checked."""
+    loaded = load_weights(folder, mesh, frozen_dtype(folder, weights), weights == "int8")
+    check_finite(folder, loaded)
+    return Model(Params(folder.spec, loaded), mesh, tokenizer, folder)
 
 
-def frozen_dtype(checkpoint: HFFolder, weights: str) -> np.dtype:
+def frozen_dtype(folder: HFFolder, weights: str) -> np.dtype:
     """numpy dtype of the activations and frozen weights for the key `weights`; with `int8`, of the
     activations and norms."""
-    given = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
-    return np.dtype(given.get(weights, checkpoint.dtype))
+    given: dict[str, DTypeLike] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+    return np.dtype(given.get(weights, folder.dtype))
 
 
-def check_finite(checkpoint: HFFolder, weights: Weights) -> None:
+def check_finite(folder: HFFolder, weights: Weights) -> None:
     """Raise UserError naming the tensors that hold NaN or infinity (one pass over the weights)."""
-    finite = jax.tree.map(fetch, _finite(checkpoint.spec, weights))
+    finite = jax.tree.map(fetch, _finite(folder.spec, weights))
     bad = [
         name
-        for key, row in weight_table(checkpoint.spec).items()
+        for key, row in weight_table(folder.spec).items()
         for name, good in zip(row.names(), np.atleast_1d(finite[key]), strict=True)
         if not good
     ]
-    if bad:
-        lines = "\n  ".join(bad[:15]) + (f"\n  ... and {len(bad) - 15} more" if len(bad) > 15 else "")
-        raise UserError(
-            f"{checkpoint.place}: NaN or infinity (as {weights['norm'].dtype}) in these tensors; "
-            f"fetch or make the model again:\n  {lines}"
-        )
+    wrong = f"NaN or infinity (as {weights['norm'].dtype}) in these tensors"
+    refuse(f"{folder.source}: {wrong}; fetch or make the model again", bad, most=15)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -175,6 +176,6 @@ def _finite(spec: ModelSpec, weights: Weights) -> dict[str, jax.Array]:
 
 
 def originals(model: Model, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Of those tensors (HF names) that the model holds as int8, the checkpoint's own values."""
+    """Of those tensors (HF names) that the model holds as int8, the folder's own values."""
     held = {n: model.weights[locate_tensor(model.spec, n)[0].key] for n in names if n not in model.overrides}
     return {n: read_tensor(model.folder, n) for n, w in held.items() if isinstance(w, Quantized)}

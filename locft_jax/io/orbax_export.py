@@ -1,4 +1,4 @@
-"""io.orbax_export."""
+"""The edited model as an orbax checkpoint, which any JAX program restores with any sharding."""
 
 import dataclasses
 import functools
@@ -23,14 +23,14 @@ class Unread:
     read: Callable[[], np.ndarray]
 
 
-def save_orbax(checkpoint: HFFolder, new: Mapping[str, np.ndarray], out: Path) -> None:
-    """The full edited model as an orbax checkpoint: flat {HF name: array}, HF layout, unstacked, in
-    the checkpoint's dtypes, `config.json` beside it. Any JAX program restores it with any sharding:
-    `orbax.checkpoint.StandardCheckpointer().restore(folder)`. Host memory holds a tensor at a time.
-    Raises OSError when it cannot be written."""
+def save_orbax(folder: HFFolder, new: Mapping[str, np.ndarray], out: Path) -> None:
+    """Write the full edited model: flat {HF name: array}, HF layout, unstacked, in the stored dtypes,
+    `config.json` beside it; `orbax.checkpoint.StandardCheckpointer().restore(out)` reads it. Host memory
+    holds a tensor at a time. Raises OSError when it cannot be written."""
     import orbax.checkpoint as ocp
 
-    class OneByOne(ocp.type_handlers.NumpyHandler):  # itself it copies all arrays, then encodes all at once
+    # The handler itself copies all arrays, then encodes all at once.
+    class OneByOne(ocp.type_handlers.NumpyHandler):  # type: ignore[misc]
         async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
             for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
                 for written in await super().serialize([value.read()], [info], [arg]):
@@ -38,16 +38,16 @@ def save_orbax(checkpoint: HFFolder, new: Mapping[str, np.ndarray], out: Path) -
             return []
 
     def leaf(name: str) -> Unread:
-        info = checkpoint.tensors[name]
-        read = functools.partial(read_tensor, checkpoint, name)
-        return Unread(info.shape, np.dtype(NUMPY[info.dtype]), read if name not in new else lambda: new[name])
+        info = folder.tensors[name]
+        read = functools.partial(read_tensor, folder, name)
+        return Unread(info.shape, np.dtype(NUMPY[info.dtype]), (lambda: new[name]) if name in new else read)
 
     types = ocp.type_handlers.create_type_handler_registry((Unread, OneByOne(deepcopy_host_arrays=False)))
+    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=types, multiprocessing_options=alone)
     try:
-        alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
-        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=types, multiprocessing_options=alone)
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as saver:
-            saver.save(out.resolve(), args=ocp.args.PyTreeSave({n: leaf(n) for n in checkpoint.tensors}))
+            saver.save(out.resolve(), args=ocp.args.PyTreeSave({n: leaf(n) for n in folder.tensors}))
     except Exception as e:  # tensorstore has its own kinds for a full disk
         raise OSError(f"the orbax checkpoint could not be written: {reason(e)}") from None
-    shutil.copy2(checkpoint.path / "config.json", out / "config.json")
+    shutil.copy2(folder.path / "config.json", out / "config.json")

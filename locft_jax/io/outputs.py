@@ -1,22 +1,18 @@
-"""What a run leaves behind, apart from model/hf.py and model/delta.py: the orbax checkpoint, and where
-results may go."""
+"""Where results may go, a folder or a URL: checked before any work, then written whole (atomic.py)."""
 
 import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
 from locft_jax.errors import UserError
-from locft_jax.io.atomic import beside, read_json, recover, whole_file, whole_folder
+from locft_jax.io.atomic import PART, beside, read_json, recover, whole_file, whole_folder, whole_prefix
 from locft_jax.io.hf_folder import HFFolder
-from locft_jax.io.hf_save import save_hf, save_hf_at
-from locft_jax.io.remote import Remote, check_prefix, is_url, open_remote, prefix, whole_prefix
+from locft_jax.io.remote import Remote, failures, is_url, open_remote
 from locft_jax.model.memory import as_text
 
 KEPT = 2  # checkpoints at a time
@@ -30,8 +26,8 @@ def local_place(out: str | Path) -> Path:
 
 
 def place_of(target: str | Path) -> tuple[Path, Remote | None]:
-    """The folder of a run, and where its results go if that is a URL: then the folder, in `runs/`, holds
-    only what lies here meanwhile, its checkpoints and the results until they are uploaded."""
+    """The folder of a run, and where its results go if that is a URL: then the folder, in `runs/`, holds only
+    what is written here meanwhile, its checkpoints and the results until they are uploaded."""
     if not is_url(target):
         return Path(target), None
     store = open_remote(str(target))
@@ -40,7 +36,7 @@ def place_of(target: str | Path) -> tuple[Path, Remote | None]:
 
 @contextmanager
 def results(out: Path, store: Remote | None) -> Iterator[Path]:
-    """The folder to write a run's results to (`files.whole_folder`, or `remote.whole_prefix`)."""
+    """The folder to write a run's results to (`whole_folder`, or `whole_prefix`)."""
     if store is None:
         with whole_folder(out) as folder:
             yield folder
@@ -62,33 +58,20 @@ def result_file(out: str | Path) -> Iterator[Path]:
         open_remote(str(out)).upload(Path(folder) / "file")
 
 
-def save_model(
-    checkpoint: HFFolder,
-    edited: Mapping[str, np.ndarray],
-    out: str | Path,
-    other: Mapping[str, bytes | None],
-) -> None:
-    """`save_hf` to a folder or a URL, in place of what is there."""
-    if not is_url(out):
-        return save_hf(checkpoint, edited, Path(out), other)
-    store = open_remote(str(out))
-    with prefix(store, "config.json"):
-        save_hf_at(checkpoint, edited, store, other)
+# ---------------------------------------------------------------- checked before any work
 
 
 def check_out(out: Path, overwrite: bool, resume: bool = False, proof: str = "report.json") -> None:
-    """Refuse, before any work, a folder that holds something or cannot be made. `overwrite` allows
-    one that holds results (the file `proof`), `resume` a run's results or checkpoint: nothing else
-    is ever deleted. What a killed export left undone is finished or taken back first."""
+    """Refuse a folder that holds something or cannot be made. `overwrite` allows one that holds results (the
+    file `proof`), `resume` a run's results or checkpoint: nothing else is ever deleted. What a killed export
+    left half done is finished or undone first."""
     _look(out)
     recover(out)
     out = out.resolve()
-    place = out
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        raise UserError(f"--out: {place} is a file; choose another folder")
-    names = {p.name for p in out.iterdir()} if place == out else set()
+    there = _existing(out)
+    if not there.is_dir():
+        raise UserError(f"--out: {there} is a file; choose another folder")
+    names = {p.name for p in out.iterdir()} if there == out else set()
     interrupted = saved_something(out / "checkpoint")
     if names - {"checkpoint"} or interrupted:
         if interrupted and not (overwrite or resume):
@@ -101,88 +84,87 @@ def check_out(out: Path, overwrite: bool, resume: bool = False, proof: str = "re
         if names - {"checkpoint"} and proof not in names:
             flag = "--resume" if resume else "--overwrite"
             raise UserError(f"{flag}: {out} holds no results (no {proof}); choose another folder")
-    above = out.parent if place == out else place  # results are made beside `out`, then renamed
-    if not os.access(above, os.W_OK):
-        raise UserError(f"--out: {above} cannot be written; choose another folder")
+    _check_writable(out.parent if there == out else there)  # results are made beside `out`, then renamed
+
+
+def check_prefix(store: Remote, overwrite: bool, resume: bool = False, proof: str = "report.json") -> None:
+    """Refuse a prefix that holds something or cannot be written (an empty file is, and is removed again).
+    `overwrite` and `resume` allow one that holds results (the file `proof`) or half of them."""
+    if "/" not in store.url.partition("://")[2]:
+        raise UserError(f"--out: {store} is a whole bucket; name a prefix in it, such as {store}/runs/mine")
+    names = set(store.all_names())
+    if names and not (overwrite or resume):
+        half = "the half-written results of an interrupted run" if PART in names else "files"
+        raise UserError(f"--out: {store} holds {half} already; choose another prefix, or add --overwrite")
+    if names and not names & {proof, PART}:
+        flag = "--overwrite" if overwrite else "--resume"
+        raise UserError(f"{flag}: {store} holds no results (no {proof}); choose another prefix")
+    with failures(store.url, "written"):
+        (store / PART).write(b"")
+    if PART not in names:
+        (store / PART).remove()
 
 
 def check_model_out(out: str | Path, overwrite: bool, source: Path | Remote) -> None:
     """`check_out` for a model folder or URL that is made of the one at `source`, which must outlive it; a
     folder with others in it is no model folder that was written here."""
-    if is_url(out):
-        store = open_remote(str(out))
-        if f"{source}/".startswith(f"{store}/"):
-            raise UserError(f"--out: {out} would replace the model it is made of; choose another prefix")
+    store = open_remote(str(out)) if is_url(out) else None
+    if store:
+        own = f"{source}/".startswith(f"{store}/")
+    else:
+        own = isinstance(source, Path) and source.resolve().is_relative_to(Path(out).resolve())
+    if own:
+        raise UserError(f"--out: {out} would replace the model it is made of; choose another place")
+    if store:
         check_prefix(store, overwrite, proof="config.json")
-        folders = [name for name in store.all_names() if "/" in name]
-        if folders:
-            raise UserError(
-                f"--overwrite: {out} holds folders ({folders[0]}), not only a model; choose another"
-            )
-        return
-    out = Path(out)
-    if isinstance(source, Remote):
-        return check_out(out, overwrite, proof="config.json")
-    place, source = out.resolve(), source.resolve()
-    if place == source or place in source.parents:
-        raise UserError(f"--out: {out} would replace the model it is made of; choose another folder")
-    check_out(out, overwrite, proof="config.json")
-    inner = sorted(p.name for p in place.iterdir() if p.is_dir()) if place.exists() else []
+        inner = [name for name in store.all_names() if "/" in name]
+    else:
+        check_out(Path(out), overwrite, proof="config.json")
+        inner = sorted(p.name for p in Path(out).iterdir() if p.is_dir()) if Path(out).exists() else []
     if inner:
         raise UserError(f"--overwrite: {out} holds folders ({inner[0]}), not only a model; choose another")
 
 
-def check_space(
-    out: Path,
-    checkpoint: HFFolder,
-    site: Sequence[str],
-    wanted: Sequence[str],
-    store: Remote | None = None,
-) -> None:
-    """Refuse, before any work, a disk on which the results (of the kinds `wanted`) will not fit. Their
-    sizes are upper bounds: orbax compresses. What goes to a URL lies here first, but for hf."""
-    wanted = [kind for kind in wanted if not (store and kind == "hf")]
-    sizes = {
-        "hf": sum(checkpoint.files().values()),
-        "delta": 2 * checkpoint.nbytes(site),
-        "orbax": checkpoint.nbytes(),
-    }
-    # The master and two moments in float32, of the checkpoints kept and the one being written.
-    state = 12 * sum(math.prod(checkpoint.tensors[n].shape) for n in site) * (KEPT + 1)
-    place = out.resolve()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    needed = lambda kinds: state + sum(sizes[k] for k in kinds)  # noqa: E731
-    if needed(wanted) <= free:
-        return
-    parts = ", ".join(f"{k} {as_text(sizes[k])}" for k in wanted)
-    fewer = [k for k in (["hf", "delta"], ["delta"]) if set(k) < set(wanted) and needed(k) <= free]
-    remedy = f"use export=[{', '.join(fewer[0])}], or" if fewer else "make room, or use"
-    another = "another working directory: they lie there until they are uploaded" if store else ""
-    raise UserError(
-        f"--out: {place} has {as_text(free)} left, the results need about {as_text(needed(wanted))} "
-        f"({parts}, checkpoints while it runs {as_text(state)}); {remedy} "
-        + (another or "an --out on another disk")
-    )
-
-
 def check_file(out: str | Path, overwrite: bool) -> None:
-    """Refuse, before any work, a result file, here or at a URL, that exists already or cannot be written."""
-    if is_url(out):
-        if open_remote(str(out)).exists() and not overwrite:
-            raise UserError(f"--out: {out} already exists; choose another file, or add --overwrite")
-        return
-    out = Path(out)
-    _look(out)
-    if out.is_dir():
-        raise UserError(f"--out: {out} is a folder; name a file in it, such as {out / 'figures.json'}")
-    if out.exists() and not overwrite:
+    """Refuse a result file, here or at a URL, that exists already or cannot be written."""
+    store = open_remote(str(out)) if is_url(out) else None
+    if not store:
+        _look(Path(out))
+        if Path(out).is_dir():
+            raise UserError(f"--out: {out} is a folder; name a file in it, such as {out}/figures.json")
+    if (store or Path(out)).exists() and not overwrite:
         raise UserError(f"--out: {out} already exists; choose another file, or add --overwrite")
-    if not out.resolve().parent.is_dir():
-        raise UserError(f"--out: there is no folder {out.resolve().parent}; make it first")
-    if not os.access(out.resolve().parent, os.W_OK):
-        raise UserError(f"--out: {out.resolve().parent} cannot be written; choose another folder")
+    if not store:
+        folder = Path(out).resolve().parent
+        if not folder.is_dir():
+            raise UserError(f"--out: there is no folder {folder}; make it first")
+        _check_writable(folder)
+
+
+def check_space(
+    out: Path, folder: HFFolder, site: Sequence[str], export: Collection[str], store: Remote | None = None
+) -> None:
+    """Refuse a disk on which the results (of the kinds `export`) and the checkpoints will not fit. Sizes are
+    upper bounds: orbax compresses. What goes to a URL is written here first, but for hf."""
+    sizes = {"hf": sum(folder.files().values()), "delta": 2 * folder.nbytes(site), "orbax": folder.nbytes()}
+    needed = {kind: sizes[kind] for kind in export if not (store and kind == "hf")}
+    # The master and two moments in float32, of the checkpoints kept and the one being written.
+    state = 12 * sum(math.prod(folder.tensors[n].shape) for n in site) * (KEPT + 1)
+    needed["checkpoints while it runs"] = state
+    there = _existing(out.resolve())
+    free, total = shutil.disk_usage(there).free, sum(needed.values())
+    if total > free:
+        parts = ", ".join(f"{kind} {as_text(size)}" for kind, size in needed.items())
+        other = "run it in another working directory" if store else "use an --out on another disk"
+        raise UserError(
+            f"--out: {there} has {as_text(free)} left, the results need about {as_text(total)} "
+            f"({parts}); name fewer kinds in export, make room, or {other}"
+        )
+
+
+def _existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    return next(p for p in (path, *path.parents) if p.exists())
 
 
 def _look(out: Path) -> None:
@@ -190,12 +172,20 @@ def _look(out: Path) -> None:
     try:
         out.resolve().exists()
     except (OSError, RuntimeError, ValueError) as e:  # RuntimeError: links in a circle
-        reason = getattr(e, "strerror", None) or e
-        raise UserError(f"--out: {str(out)[:80]} cannot be used ({reason}); choose another") from None
+        why = getattr(e, "strerror", None) or e
+        raise UserError(f"--out: {str(out)[:80]} cannot be used ({why}); choose another") from None
+
+
+def _check_writable(folder: Path) -> None:
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--out: {folder} cannot be written; choose another folder")
+
+
+# ---------------------------------------------------------------- what a run that was interrupted left
 
 
 def saved_something(folder: Path) -> bool:
-    """Whether a run can go on from this folder (a checkpoint/)."""
+    """Whether a run can be resumed from this folder (a checkpoint/)."""
     return read_json(folder / "run.json") is not None and (
         bool(saved_steps(folder)) or any((folder / name).exists() for name in ("before.json", "runs.jsonl"))
     )

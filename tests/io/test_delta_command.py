@@ -72,7 +72,9 @@ def test_apply_gives_the_runs_folder_and_revert_the_base(runs, tmp_path, capsys,
     before, exported = contents(base), contents(run / "hf")
     rewritten = {name for name in before if before[name] != exported[name]}
     assert rewritten and all(name.endswith(".safetensors") for name in rewritten - {"README.md"})
-    assert exported["README.md"].startswith(before.get("README.md", b"---\nlibrary_name: transformers\n"))
+    start = before.get("README.md", b"---\nlibrary_name: transformers\n").split(b"\r\n---")[0]  # the licence
+    assert exported["README.md"].startswith(start)
+    assert (b"\nmodel-index:" in exported["README.md"]) == (kind == "single")  # the other was not evaluated
     rewritten -= {"README.md"}
     file = run / "delta.safetensors"
     delta("apply", file, "--model", base, "--out", tmp_path / "edited")

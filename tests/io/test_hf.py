@@ -13,7 +13,6 @@ from safetensors.numpy import load_file, save_file
 
 from locft_jax.errors import UserError
 from locft_jax.io import hf_folder, hf_load, hf_save
-from locft_jax.io.delta import fingerprint
 from locft_jax.model import decoder, model
 from locft_jax.model.sharding import make_mesh
 from locft_jax.model.weights import Params, take_tensor, weight_table
@@ -69,8 +68,9 @@ def test_every_tensor_loads_as_it_is_stored(tiny_model_dir, make_variant, tmp_pa
 
 def test_files_without_the_usual_name_are_found(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model-1.safetensors")
-    assert hf_folder.weight_files(folder) == ["pytorch_model-1.safetensors"]
-    assert len(hf_folder.open_folder(str(folder)).tensors) == 30
+    opened = hf_folder.open_folder(str(folder))
+    assert {info.file for info in opened.tensors.values()} == {"pytorch_model-1.safetensors"}
+    assert len(opened.tensors) == 30
 
 
 def test_load_model_converts_and_shards_on_request(tiny_model_dir):
@@ -362,4 +362,4 @@ def test_the_exported_folder_loads_in_transformers_with_our_logits(tiny_model_di
     text = "The capital of Oredal is"
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert loaded(text)["input_ids"] == model.tokenizer(text)["input_ids"]
-    assert fingerprint(model.folder, {}) == fingerprint(hf_folder.open_folder(str(tmp_path / "hf")), {})
+    assert model.folder.layout == hf_folder.open_folder(str(tmp_path / "hf")).layout

@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from locft_jax.errors import UserError
 from locft_jax.io import hf_folder, hf_load, hf_save
-from locft_jax.io.delta import Delta, check_delta, diff_delta, fingerprint, load_delta, make_delta, save_delta
+from locft_jax.io.delta import Delta, check_delta, fingerprint, load_delta, make_delta, save_delta
+from locft_jax.io.delta_ops import diff_delta
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 NORM = "model.layers.2.input_layernorm.weight"
@@ -65,7 +66,7 @@ def test_a_delta_holds_new_and_base_tensors_and_where_it_comes_from(delta, check
         assert stored[f"base::{name}"].tobytes() == hf_folder.read_tensor(checkpoint, name).tobytes()
     with safe_open(path, "np") as f:
         metadata = f.metadata()
-    assert metadata["fingerprint"] == fingerprint(checkpoint, delta.base)
+    assert metadata["fingerprint"] == fingerprint(checkpoint.layout, delta.base)
     assert json.loads(metadata["config"]) == {"a": [2], "b": 1}
     assert (metadata["edits"], metadata["data_sha256"]) == ("12", "abc")
     size = sum(a.nbytes for a in new.values())
@@ -113,13 +114,13 @@ def test_a_model_with_a_delta_has_its_tensors(tiny_model_dir, delta, new):
 
 def test_the_fingerprint_is_of_names_dtypes_shapes_and_the_edited_bytes(checkpoint, other):
     base = {DOWN: hf_folder.read_tensor(checkpoint, DOWN)}
-    print_of = fingerprint(checkpoint, base)
-    assert print_of == fingerprint(checkpoint, dict(base)) and len(print_of) == 64
-    assert print_of != fingerprint(checkpoint, {})
-    assert print_of != fingerprint(checkpoint, {DOWN: base[DOWN] + 1e-6})
-    assert print_of != fingerprint(checkpoint, {DOWN.replace("1", "2"): base[DOWN]})
+    print_of = fingerprint(checkpoint.layout, base)
+    assert print_of == fingerprint(checkpoint.layout, dict(base)) and len(print_of) == 64
+    assert print_of != fingerprint(checkpoint.layout, {})
+    assert print_of != fingerprint(checkpoint.layout, {DOWN: base[DOWN] + 1e-6})
+    assert print_of != fingerprint(checkpoint.layout, {DOWN.replace("1", "2"): base[DOWN]})
     changed = other(lambda tensors: tensors.update(extra=np.zeros(1)))
-    assert print_of != fingerprint(changed, base)
+    assert print_of != fingerprint(changed.layout, base)
 
 
 def test_another_base_is_refused_and_what_differs_is_named(delta, other):

@@ -9,8 +9,8 @@ import pytest
 
 from locft_jax.errors import UserError
 from locft_jax.io import hf_folder, hf_save
-from locft_jax.io.delta import CODES, Delta, check_delta, diff_delta, make_delta, save_delta
-from locft_jax.io.delta_ops import changes, compose_deltas, merge_deltas
+from locft_jax.io.delta import CODES, Delta, check_delta, make_delta, save_delta
+from locft_jax.io.delta_ops import changes, compose_deltas, diff_delta, merge_deltas
 
 UP, DOWN = (f"model.layers.1.mlp.{name}_proj.weight" for name in ("up", "down"))
 NORM = "model.layers.2.input_layernorm.weight"

@@ -24,8 +24,9 @@ from locft_jax.cli.evaluate import main as evaluate
 from locft_jax.data.capability import read_capability
 from locft_jax.data.requests import read_requests
 from locft_jax.io import hf_folder, reading, remote
+from locft_jax.io.atomic import PART
 from locft_jax.io.delta import load_delta
-from locft_jax.io.remote import PART, open_remote
+from locft_jax.io.remote import open_remote
 from locft_jax.model.sharding import make_mesh
 from locft_jax.run_identity import base_digest
 
@@ -161,7 +162,8 @@ def test_a_run_at_urls_gives_the_bytes_of_one_here(
         n for n in here if n.startswith("hf/") or n in ("steps.jsonl", "edits.jsonl", "predictions.jsonl")
     ]
     assert len(same) == 3 + len(base) and all(there[n] == here[n] for n in same)
-    assert there["hf/README.md"].startswith(base["README.md"])
+    card = there["hf/README.md"]
+    assert card.startswith(b"---\nlicense: mit\n") and b"---\n# Tiny\n" in card
     assert {n for n in there if "orbax" not in n} == {n for n in here if "orbax" not in n}
     assert [p.name for p in tmp_path.iterdir()] == ["here", "runs"] and not any((tmp_path / "runs").iterdir())
     for name, content in there.items():
@@ -370,10 +372,10 @@ def test_a_damaged_model_is_explained_with_its_url(refused, edit_arguments, buck
     whole = (store / file).read()
     bad = {
         "truncated": whole[:-100],
-        "it is empty": b"",
+        "header too small (0 bytes)": b"",
         "git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\n",
-        "its header is no JSON object": (9).to_bytes(8, "little") + b"[[[[[[[[[",
-        "not safetensors; fetch it again": b"\xff" * 80,
+        "invalid JSON in header": (9).to_bytes(8, "little") + b"[[[[[[[[[",
+        "not safetensors, fetch it again": b"\xff" * 80,
     }
     for said, content in bad.items():
         (store / file).write(content)
