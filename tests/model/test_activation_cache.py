@@ -83,7 +83,8 @@ def several_passes():
 def params():
     shapes = abstract_weights(SPEC, jnp.dtype("float32"))
     rng = np.random.default_rng(1)
-    return Params(SPEC, {k: jnp.asarray(0.2 * rng.standard_normal(a.shape, np.float32)) for k, a in shapes.items()})
+    draw = lambda a: jnp.asarray(0.2 * rng.standard_normal(a.shape, np.float32))  # noqa: E731
+    return Params(SPEC, jax.tree.map(draw, shapes))
 
 
 @pytest.fixture(scope="module")
