@@ -8,9 +8,10 @@ import pytest
 
 from locft_jax import load_model
 from locft_jax.data.capability import CapabilityItem
+from locft_jax.data.packing import corpus_from_lists
 from locft_jax.evaluation import ask as ask_module
 from locft_jax.evaluation.ask import ask, differing_share, later_drafts
-from locft_jax.evaluation.probes import NEW_TOKENS, Answers, Probe, Questions, prepare
+from locft_jax.evaluation.probes import NEW_TOKENS, Answers, Probe, Questions, make_questions
 from locft_jax.evaluation.scoring import figures, stop_tables
 from locft_jax.evaluation.verify import Prompts, answer
 from locft_jax.model import decoder
@@ -33,7 +34,8 @@ def model(tiny_model_dir):
 
 def test_after_an_edit_edited_prompts_should_give_the_target_and_others_what_they_gave():
     numbers = range(len(PROBES))
-    questions = Questions(PROBES, [[1] for _ in numbers], [[10 + i] for i in numbers], {})
+    nothing = corpus_from_lists([], [])
+    questions = Questions(PROBES, [[1] for _ in numbers], [[10 + i] for i in numbers], {}, nothing)
     before = Answers(["?"] * len(PROBES), ["?"] * len(PROBES), [[100 + i] for i in numbers], 0)
     assert later_drafts(questions, before) == [[10], [11], [12], *([100 + i] for i in range(3, 7))]
 
@@ -61,7 +63,7 @@ def test_answers_end_by_the_official_rule_and_reliability_goes_on_while_it_can_m
         return [ids(" St. Vintown") + [0]], 1
 
     monkeypatch.setattr(ask_module, "answer", answered)
-    made = prepare(model.tokenizer, probes, [])
+    made = make_questions(model.tokenizer, probes, [], model.spec)
     done = []
     got = ask(model, made, on_done=done.append)
     assert got.texts == ["St", "Mira Oredal", "a baker", "St", ""]
@@ -79,7 +81,8 @@ def test_answers_end_by_the_official_rule_and_reliability_goes_on_while_it_can_m
 
 def test_the_share_that_differs_is_that_of_a_sample_decoded_again(tiny_model_dir, model, monkeypatch):
     half = load_model(str(tiny_model_dir), "bfloat16", {"data": 1, "model": 1})
-    made = prepare(half.tokenizer, PROBES, [CapabilityItem("pick", "Is it?", "no", ("yes", "no"))])
+    items = [CapabilityItem("pick", "Is it?", "no", ("yes", "no"))]
+    made = make_questions(half.tokenizer, PROBES, items, half.spec)
     got = ask(half, made)
     official, _ = stop_tables(half.tokenizer, 320, half.eos)
     decoded, _ = answer(half, Prompts(made.prompts[:7], [[]] * 7, NEW_TOKENS, official))
@@ -104,7 +107,7 @@ def test_choices_are_scored_by_log_likelihood_a_character(model):
         CapabilityItem("u", "Was it founded?", "no", ("yes", "no")),
     ]
     done = []
-    made = prepare(model.tokenizer, [], items)
+    made = make_questions(model.tokenizer, [], items, model.spec)
     got = ask(model, made, on_done=done.append)
     assert sum(done) == 4 and got.tokens == [[]] * 4 and got.verified == 0
 

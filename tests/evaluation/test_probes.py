@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import numpy as np
+
 from locft_jax.data.capability import CapabilityItem
 from locft_jax.data.requests import EditRequest
-from locft_jax.evaluation.probes import KINDS, Probe, make_probes, prepare
+from locft_jax.evaluation.probes import KINDS, Probe, make_probes, make_questions
 from locft_jax.io.hf_folder import open_folder
 from locft_jax.io.hf_load import load_tokenizer
 
@@ -55,19 +57,20 @@ def test_probes_are_plain_values():
     }
 
 
-def test_prepare_tokenizes_prompts_as_they_were_trained(tiny_model_dir):
+def test_prompts_are_tokenized_as_they_were_trained(tiny_model_dir):
     items = [
         CapabilityItem("sums", "Ten plus five is", "15"),
         CapabilityItem("pick", "Is it?", "no", ("yes", "no")),
     ]
-    tokenizer = load_tokenizer(open_folder(str(tiny_model_dir)))
+    folder = open_folder(str(tiny_model_dir))
+    tokenizer = load_tokenizer(folder)
     asked = [
         Probe("0", "reliability", "The capital of Oredal is", "Vintown"),
         Probe("1", "generalization", "Who founded the firm?", "Mira Halver"),
         Probe("0", "locality", "Hana works as", "a baker"),
         Probe("0", "locality", "Ten plus five is", None),
     ]
-    made = prepare(tokenizer, asked, items)
+    made = make_questions(tokenizer, asked, items, folder.spec)
     assert made.probes[:4] == asked and made.probes[4:] == [
         Probe("sums", "capability", "Ten plus five is", "15"),
         Probe("pick", "capability", "Is it?", "no"),
@@ -78,3 +81,6 @@ def test_prepare_tokenizes_prompts_as_they_were_trained(tiny_model_dir):
     for probe, prompt, target in zip(made.probes, made.prompts, made.targets, strict=True):
         assert prompt == ids(probe.prompt)
         assert target == (ids(" " + probe.target) if probe.target else [])
+    texts = np.split(made.choice_pairs.tokens, made.choice_pairs.offsets[1:-1])
+    assert [text.tolist() for text in texts] == [ids("Is it? yes"), ids("Is it? no")]
+    assert made.choice_pairs.target_start.tolist() == [len(ids("Is it?"))] * 2

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from locft_jax.data.packing import corpus_from_lists
 from locft_jax.evaluation.probes import Answers, Probe, Questions
 from locft_jax.evaluation.scoring import (
     agreement,
@@ -185,7 +186,8 @@ PROBES = [
 ]
 
 
-QUESTIONS = Questions(PROBES, [[1]] * len(PROBES), [[10 + i] for i in range(len(PROBES))], {})
+NOTHING = corpus_from_lists([], [])
+QUESTIONS = Questions(PROBES, [[1]] * len(PROBES), [[2]] * len(PROBES), {}, NOTHING)
 
 
 def answers(*texts: str, full: list[str] | None = None) -> Answers:
@@ -216,7 +218,7 @@ def test_figures_by_kind_and_capability_by_task():
 
 
 def test_figures_without_a_probe_are_null():
-    nothing = Questions([], [], [], {})
+    nothing = Questions([], [], [], {}, NOTHING)
     assert set(figures(nothing, answers()).values()) == {None}
     assert agreement(nothing, answers(), answers()) is None
     assert counts(nothing) == {}
