@@ -68,15 +68,16 @@ def split_words(words: Sequence[str], text: bool = False) -> tuple[list[str], li
     return pairs, rest
 
 
-def check_early(argv: Sequence[str], text: bool) -> None:
-    """Raise UserError for what is wrong with overrides and config file, before anything slow is imported. One
-    of several processes says so later, to all of them."""
+def check_early(argv: Sequence[str], text: bool = False, config: bool = True) -> None:
+    """Raise UserError for what is wrong with overrides and with a `config` file, before anything slow is
+    imported. One of several processes says so later, to all of them."""
     if os.environ.get("JAX_COORDINATOR_ADDRESS") or "--coordinator" in " ".join(argv):
         return
     head = _without_set(_halves(argv)[0])
     values = {i + 1 for i, word in enumerate(head) if word.startswith("--") and "=" not in word}
     pairs, rest = split_words([w for i, w in enumerate(head) if i not in values and w[:1] != "-"], text)
-    check_keys(next((word for word in rest if word.endswith((".yaml", ".yml"))), None), pairs)
+    files = [word for word in rest if config and word.endswith((".yaml", ".yml"))]
+    check_keys(files[0] if files else None, pairs)
 
 
 def _halves(argv: Sequence[str]) -> tuple[list[str], list[str]]:
