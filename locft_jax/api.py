@@ -20,7 +20,7 @@ from locft_jax.data.capability import CapabilityItem
 from locft_jax.data.requests import EditData, EditRequest, requests_from_records
 from locft_jax.editing.checkpointer import Checkpointer
 from locft_jax.editing.hooks import Hook, Progress
-from locft_jax.editing.run import Edited, EditTask, agreed_budgets, run_edit
+from locft_jax.editing.run import EditTask, agreed_budgets, run_edit
 from locft_jax.editing.site import first_layer
 from locft_jax.evaluation.ask import ask, differing_share, later_drafts, probe_cache
 from locft_jax.evaluation.dynamics import Dynamics
@@ -88,41 +88,47 @@ def edit(
     config = config or Config()
     data = as_data(requests, config)
     prepared = prepare(config, data=data, capability=capability, base=Base.loaded(model))
-    return edit_prepared(model, prepared, start=start, hooks=hooks, show=show)
+    return edit_prepared(model, prepared, start, hooks=hooks, show=show)
 
 
 def edit_prepared(
     model: Model,
     prepared: Prepared,
-    *,
     start: Mapping[str, Any] | None = None,
     checkpointer: Checkpointer | None = None,
     hooks: Sequence[Hook] = (),
     show: bool = False,
 ) -> EditResult:
-    """`edit` of a run that has been looked at. `checkpointer`: where its state is kept, and from where it
-    resumes if it was interrupted; raises Interrupted (a KeyboardInterrupt) when that was asked to stop."""
+    """`edit` of a prepared run, from `start` or its `delta`. `checkpointer`: where its state is kept, and where
+    it resumes if it was interrupted; raises Interrupted (a KeyboardInterrupt) when that was asked to stop."""
     prepared = prepared.complete(model)
-    config, questions, measured = prepared.config, prepared.questions, Measured(prepared.questions)
-    dynamics = cache = None
+    config, questions, corpus = prepared.config, prepared.questions, prepared.corpus
+    assert corpus is not None and prepared.retained is not None
     seconds: dict[str, float | None] = dict.fromkeys(("load", "before", "edit", "after", "export"))
+    before = after = cache = dynamics = None
     if questions:
-        before, seconds["before"], cache = _before(model, prepared, checkpointer, show)
-        measured = dataclasses.replace(measured, before=before)
-        if config.eval_every:
-            dynamics = Dynamics(model, questions, before, config.row_length, cache)
-            if checkpointer is not None:
-                dynamics.lines, dynamics.keep = checkpointer.kept_dynamics() or [], checkpointer.keep_dynamics
-    done = _train(model, prepared, start, [*hooks], checkpointer, dynamics, show)
+        before, seconds["before"], cache = _before(model, prepared, len(corpus.tokens), checkpointer, show)
+    if questions and before and config.eval_every:
+        dynamics = Dynamics(model, questions, before, config.row_length, cache)
+        if checkpointer:
+            dynamics.lines, dynamics.keep = checkpointer.kept_dynamics() or [], checkpointer.keep_dynamics
+    per_epoch = -(-corpus.edits // config.batch_size)
+    with Bar("editing", per_epoch * config.num_epochs, show) as bar:
+        what = "epoch" if config.pipeline == "breadth" else "mini-batch"
+        hooks = [Progress(bar, corpus.edits / per_epoch, what), *hooks]
+        start = prepared.delta.new if start is None and prepared.delta else start
+        task = EditTask(prepared.site, corpus, prepared.retained, start)
+        done = run_edit(model, task, config, hooks, checkpointer, dynamics.look if dynamics else None)
+    done = dataclasses.replace(done, seconds=done.seconds - (dynamics.seconds() if dynamics else 0))
     seconds["edit"] = done.seconds
     edited = model.with_overrides(done.tensors)
-    if questions and measured.before:
-        drafts = later_drafts(questions, measured.before)
+    if questions and before:
+        drafts = later_drafts(questions, before)
         after, seconds["after"] = _ask(edited, questions, drafts, config, "after", show, cache)
-        measured = dataclasses.replace(measured, after=after)
+    measured = Measured(questions, before, after)
     report = edit_report(model, prepared, done, measured, seconds)
-    if questions and measured.after:
-        differs = differing_share(edited, questions, measured.after, config.row_length, config.seed)
+    if questions and after:
+        differs = differing_share(edited, questions, after, config.row_length, config.seed)
         report["evaluation_differs"] = differs
     report["dynamics"] = dynamics.lines if dynamics else []
     report["resumed"] = checkpointer.resumed if checkpointer else []
@@ -132,48 +138,28 @@ def edit_prepared(
     card = make_card(model_name(model.folder, config.model_name_or_path), report, delta, ROWS)
     delta = dataclasses.replace(delta, metadata={**delta.metadata, "cards": json.dumps([card])})
     steps = [dataclasses.asdict(record) for record in done.outcome.records]
-    said = predictions(questions, measured.before, measured.after) if questions else []
+    said = predictions(questions, before, after) if questions else []
     return EditResult(delta, report, steps, said, edited)
 
 
 def _before(
-    model: Model, prepared: Prepared, checkpointer: Checkpointer | None, show: bool
+    model: Model, prepared: Prepared, beside: int, checkpointer: Checkpointer | None, show: bool
 ) -> tuple[Answers, float, ProbeCache | None]:
-    """The unedited model's answers, the seconds they took, and what the passes after it can share."""
+    """The unedited model's answers, the seconds they took, and room for what the passes after it can share,
+    `beside` the activations of so many training tokens."""
     if checkpointer and (kept := checkpointer.kept_before()):
         return Answers(**kept["answers"]), kept["seconds"], None
-    config, questions, corpus = prepared.config, prepared.questions, prepared.corpus
-    assert questions is not None and corpus is not None
+    config, questions, site = prepared.config, prepared.questions, prepared.site
+    assert questions is not None
     # The site's own tensors as overrides: the same compiled code then serves before and after.
-    own = {n: take_tensor(model.params, n) for n in prepared.site}
-    unedited = model.with_overrides({**own, **originals(model, prepared.site), **model.overrides})
-    layer, beside = first_layer(model.spec, prepared.site), len(corpus.tokens)
-    cache = probe_cache(model, questions, layer, config.activation_cache, beside, agreed_budgets(config))
+    own = {n: take_tensor(model.params, n) for n in site}
+    unedited = model.with_overrides({**own, **originals(model, site), **model.overrides})
+    budgets, layer = agreed_budgets(config), first_layer(model.spec, site)
+    cache = probe_cache(model, questions, layer, config.activation_cache, beside, budgets)
     answers, seconds = _ask(unedited, questions, None, config, "before", show, cache)
-    if checkpointer is not None:
+    if checkpointer:
         checkpointer.keep_before({"answers": dataclasses.asdict(answers), "seconds": seconds})
     return answers, seconds, cache
-
-
-def _train(
-    model: Model,
-    prepared: Prepared,
-    start: Mapping[str, Any] | None,
-    hooks: list[Hook],
-    checkpointer: Checkpointer | None,
-    dynamics: Dynamics | None,
-    show: bool,
-) -> Edited:
-    """The edit itself. Its seconds leave out those of the evaluations in between."""
-    config, corpus, retained = prepared.config, prepared.corpus, prepared.retained
-    assert corpus is not None and retained is not None
-    per_epoch = -(-corpus.edits // config.batch_size)
-    with Bar("editing", per_epoch * config.num_epochs, show) as bar:
-        what = "epoch" if config.pipeline == "breadth" else "mini-batch"
-        hooks = [Progress(bar, corpus.edits / per_epoch, what), *hooks]
-        task = EditTask(prepared.site, corpus, retained, start)
-        done = run_edit(model, task, config, hooks, checkpointer, dynamics.look if dynamics else None)
-    return dataclasses.replace(done, seconds=done.seconds - (dynamics.seconds() if dynamics else 0))
 
 
 def evaluate(

@@ -10,7 +10,7 @@ import math
 import operator
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,25 +50,15 @@ def _text(value: Any) -> str:
 
 def _path(value: Any) -> str:
     text = _text(value)
-    if text.startswith("demo:"):
-        return str(DEMO_FOLDER / text.removeprefix("demo:"))
-    return os.path.expanduser(text)
+    inside = text.removeprefix("demo:")
+    return os.path.expanduser(text) if inside == text else str(DEMO_FOLDER / inside)
 
 
 def _module(value: Any) -> str:
     text = _text(value)
-    parts = text.split(".")
-    if parts.count("{}") > 1 or not all(p == "{}" or re.fullmatch(r"[\w-]+", p) for p in parts):
+    if text.count("{}") > 1 or not re.fullmatch(r"([\w-]+|\{\})(\.([\w-]+|\{\}))*", text):
         raise ValueError
     return text
-
-
-def _switch(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    if str(value).lower() not in _SWITCHES:
-        raise ValueError
-    return _SWITCHES[str(value).lower()]
 
 
 def _every(value: Any) -> str:
@@ -81,11 +71,8 @@ def _every(value: Any) -> str:
 
 
 def _mesh(value: Any) -> dict[str, int]:
-    if not isinstance(value, Mapping) or set(value) != {"data", "model"}:
-        raise ValueError
-    axis = _whole(-1).convert
-    shape = {name: axis(value[name]) for name in ("data", "model")}
-    if 0 in shape.values() or list(shape.values()) == [-1, -1]:
+    shape = {name: _whole(-1).convert(value[name]) for name in ("data", "model")}
+    if len(value) > 2 or 0 in shape.values() or list(shape.values()) == [-1, -1]:
         raise ValueError
     return shape
 
@@ -125,31 +112,20 @@ def _optional(rule: Rule) -> Rule:
     return Rule(rule.expected + ", or null", lambda v: None if is_null(v) else rule.convert(v))
 
 
-def _distinct(rule: Rule, values: Sequence[Any]) -> tuple[Any, ...]:
-    items = tuple(rule.convert(v) for v in values)
-    if len(set(items)) != len(items):
-        raise ValueError
-    return items
-
-
-def _one_or_more(rule: Rule) -> Rule:
+def _several(rule: Rule, least: int = 0) -> Rule:
     def convert(value: Any) -> Any:
-        several = isinstance(value, list | tuple) and value
-        return _distinct(rule, value) if several else rule.convert(value)
+        if not isinstance(value, list | tuple):
+            return rule.convert(value) if least else () if is_null(value) else (rule.convert(value),)
+        items = tuple(rule.convert(v) for v in value)
+        if len(set(items)) != len(items) or len(items) < least:
+            raise ValueError
+        return items
 
-    return Rule(f"{rule.expected}, or a list of such without duplicates", convert)
-
-
-def _any_number(rule: Rule) -> Rule:
-    def convert(value: Any) -> tuple[Any, ...]:
-        single = [] if is_null(value) else [value]
-        return _distinct(rule, value if isinstance(value, list | tuple) else single)
-
-    return Rule(f"{rule.expected}, or a list of such without duplicates, or []", convert)
+    return Rule(f"{rule.expected}, or a list of such without duplicates{'' if least else ', or []'}", convert)
 
 
 PATH = Rule("a path or an id", _path)
-SWITCH = Rule("true or false", _switch)
+SWITCH = Rule("true or false", lambda v: _SWITCHES[str(v).lower()])
 MODEL = Rule("a folder or a Hub id", lambda v: "" if is_null(v) else _path(v))
 DEVICE = _optional(Rule("a device", lambda v: _text(str(v) if isinstance(v, int) else v)))
 MODULE = Rule("a path of whole components with at most one {} for the layer, such as "
@@ -185,9 +161,9 @@ class Config:
     data_path: str | None = key(None, PATH_OR_NULL, "edits: a file or a Hub data set")
     num_edits: int | None = key(None, COUNT_OR_NULL, "the first n edits; null: all")
     output_dir: str | None = key(None, PATH_OR_NULL, "default `--out`; null: `runs/NAME`", "save_model_dir")
-    layer: int | tuple[int, ...] | None = key(None, _optional(_one_or_more(_whole(0))),
+    layer: int | tuple[int, ...] | None = key(None, _optional(_several(_whole(0), 1)),
         "layer or layers, from 0; null: relative depth 0.7")
-    rewrite_module: str | tuple[str, ...] = key("model.layers.{}.mlp.down_proj.weight", _one_or_more(MODULE),
+    rewrite_module: str | tuple[str, ...] = key("model.layers.{}.mlp.down_proj.weight", _several(MODULE, 1),
         "what is tuned in them: whole path components; `model.layers.{}` is the entire layer")
     learning_rate: float = key(5e-4, POSITIVE, "of Adam", "lr")
     batch_size: int = key(100, _whole(1), "edits a step")
@@ -215,11 +191,11 @@ class Config:
     eval_sample: int | None = key(None, COUNT_OR_NULL, "probes of each kind; null: all")
     eval_every: int | None = key(None, COUNT_OR_NULL,
         "epochs (depth: mini-batches) between evaluations; null: never")
-    capability_data: tuple[str, ...] = key((), _any_number(PATH), "files of questions that no edit is about")
+    capability_data: tuple[str, ...] = key((), _several(PATH), "files of questions that no edit is about")
     checkpoint_every: str = key("10m", EVERY, "minutes (`10m`) or steps (`200`)")
-    export: tuple[str, ...] = key(("hf", "delta", "orbax"), _any_number(_choice("hf", "delta", "orbax")),
+    export: tuple[str, ...] = key(("hf", "delta", "orbax"), _several(_choice("hf", "delta", "orbax")),
         "what is written")
-    report_to: tuple[str, ...] = key((), _any_number(_choice("tensorboard", "wandb")),
+    report_to: tuple[str, ...] = key((), _several(_choice("tensorboard", "wandb")),
         "where the losses of steps are shown too")
     preserve: str = key("none", _choice("none", "soft", "null", "kfac"),
         "updates avoid the inputs that other texts have")
@@ -285,29 +261,21 @@ def canonical(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {ALIASES.get(name, name): value for name, value in values.items()}
 
 
+def key_rows() -> Iterator[tuple[str, str, str, str]]:
+    """(name, alias, default, meaning) of every key, as text."""
+    for name, default in config_to_dict(Config()).items():
+        rule, doc, alias = KEYS[name].values()
+        yield name, alias, shown(default), f"{doc}; {rule.expected}" if "one of" in rule.expected else doc
+
+
 def key_table() -> str:
-    """Every key with its default and what it means, as rows of a Markdown table."""
+    """Every key as a row of a Markdown table."""
     rows = ["| key | default | meaning |", "| --- | --- | --- |"]
-    default = config_to_dict(Config())
-    for name, known in KEYS.items():
-        alias = f" (alias `{known['alias']}`)" if known["alias"] else ""
-        values = f"; {known['rule'].expected}" if known["rule"].expected.startswith("one of") else ""
-        rows.append(f"| `{name}`{alias} | {_default(default[name])} | {known['doc']}{values} |")
+    for name, alias, default, meaning in key_rows():
+        other = f" (alias `{alias}`)" if alias else ""
+        shown_default = "-" if default in ("", "null", "[]") else f"`{default}`"
+        rows.append(f"| `{name}`{other} | {shown_default} | {meaning} |")
     return "\n".join(rows)
-
-
-def key_lines() -> str:
-    """Every key with its default, its meaning and its values, for a terminal."""
-    lines = ["Every key, its default, and what it may be:"]
-    for name, value in config_to_dict(Config()).items():
-        known = KEYS[name]
-        alias = f" (alias {known['alias']})" if known["alias"] else ""
-        lines += [f"{name}={shown(value)}{alias}", f"    {known['doc']}; {known['rule'].expected}"]
-    return "\n".join(lines)
-
-
-def _default(value: Any) -> str:
-    return "-" if value in (None, "", []) else f"`{shown(value)}`"
 
 
 def load_config(
@@ -319,13 +287,11 @@ def load_config(
     The bundled demo's file is read when neither `path` nor a model is given, and only then.
     Prints a note for a key that is accepted but does nothing. Raises `UserError`.
     """
-    changes = [_checked_all(dict([split_override(text)]), OVERRIDES) for text in overrides]
-    if path is None and earlier is None and not any("model_name_or_path" in change for change in changes):
+    changes = _checked_overrides(overrides)
+    if path is None and earlier is None and "model_name_or_path" not in changes:
         path = DEMO_CONFIG
     values = canonical(earlier or {}, "report.json")
-    values = values if path is None else _checked_all(read_yaml(path), str(path))
-    for change in changes:
-        values |= change
+    values = (values if path is None else _checked_all(read_yaml(path), str(path))) | changes
     if not values.get("model_name_or_path"):
         where = path if path is not None else OVERRIDES
         raise UserError(f"{where}: no model; set `model_name_or_path` to a folder or a Hub id")
@@ -337,10 +303,8 @@ def load_config(
 
 def check_keys(path: str | Path | None, overrides: Sequence[str]) -> None:
     """Raise `UserError`, as `load_config` does, for an unreadable file, unknown keys and bad values."""
-    if path is not None:
-        _checked_all(read_yaml(path), str(path))
-    for text in overrides:
-        _checked_all(dict([split_override(text)]), OVERRIDES)
+    _checked_all(read_yaml(path) if path else {}, str(path))
+    _checked_overrides(overrides)
 
 
 def config_from_dict(values: Mapping[str, Any], where: str) -> Config:
@@ -387,11 +351,16 @@ def _checked(name: str, value: Any, where: str) -> Any:
     expected, convert = KEYS[ALIASES.get(name, name)]["rule"]
     try:
         converted, valid = convert(value), True
-    except (ValueError, TypeError, OverflowError):
+    except (ValueError, TypeError, OverflowError, KeyError):
         converted, valid = None, False
     if not valid:
         raise UserError(f"{where}: `{name}: {shown(value)}` is not valid; it must be {expected}")
     return converted
+
+
+def _checked_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    pairs = (_checked_all(dict([split_override(text)]), OVERRIDES) for text in overrides)
+    return {name: value for pair in pairs for name, value in pair.items()}
 
 
 def _checked_all(values: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -72,13 +72,12 @@ class _Loader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event, problem = self.peek_event(), ""
+        event, fail = self.peek_event(), yaml.composer.ComposerError
         if getattr(event, "anchor", None) or getattr(event, "tag", None):
-            problem = "anchors, aliases and tags (&, *, !) are not supported; quote such text"
-        elif self.depth > 4:
-            problem = "nested too deeply; a config is flat"
-        if problem:
-            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+            wrong = "anchors, aliases and tags (&, *, !) are not supported; quote such text"
+            raise fail(None, None, wrong, event.start_mark)
+        if self.depth > 4:
+            raise fail(None, None, "nested too deeply; a config is flat", event.start_mark)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1

@@ -291,7 +291,7 @@ def test_a_malformed_file_or_override_is_a_message_of_the_reader(tmp_path):
     assert "expected key=value" in message(load_config, None, [MODEL, "lr"])
 
 
-def test_hparams_of_the_reference_run_unchanged(tmp_path, capsys):
+def test_hparams_of_the_reference_run_unchanged(tmp_path, caplog):
     c = read(
         tmp_path,
         'model_name_or_path: "some/model"\ndata_path: "./data/edits.json"\n'
@@ -305,10 +305,10 @@ def test_hparams_of_the_reference_run_unchanged(tmp_path, capsys):
         "./data/edits.json",
         "./saves/x",
     )
-    notes = capsys.readouterr()
-    assert notes.err.startswith("note: `device: 0` is ignored") and notes.out == ""
+    (note,) = caplog.messages
+    assert note.startswith("`device: 0` is ignored")
     load_config(None, [MODEL])
-    assert capsys.readouterr().err == ""
+    assert len(caplog.messages) == 1
 
 
 # ---------------------------------------------------------------- the demo and names

@@ -1,7 +1,6 @@
 """What command lines have in common: one style of help, `key=value` overrides, checks before slow imports."""
 
 import argparse
-import difflib
 import itertools
 import os
 import re
@@ -9,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from locft_jax.config import ALIASES, KEYS, OVERRIDES, check_keys, key_lines, known_key, unknown_key
+from locft_jax.config import OVERRIDES, check_keys, key_rows, known_key, unknown_key
 from locft_jax.errors import UserError
 from locft_jax.version import __version__
 
@@ -18,7 +17,8 @@ OVERRIDE = re.compile(r"\s*([A-Za-z_]\w*)\s*=")  # a word that may be an overrid
 
 class _HelpKeys(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
-        print(key_lines())
+        for name, alias, default, meaning in key_rows():
+            print(f"{name}={default}{f' (alias {alias})' if alias else ''}\n    {meaning}")
         parser.exit()
 
 
@@ -38,7 +38,7 @@ def parse_words(parser: argparse.ArgumentParser, argv: Sequence[str] | None, tex
     """The command line, with its overrides as `pairs` and its other words as `rest`. After `--` nothing is an
     override, and with `text` only what has a known key is one. Raises UserError for an unknown key."""
     head, tail = _halves(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_intermixed_args(_without_set(head))
+    args = parser.parse_intermixed_args(head)
     args.pairs, args.rest = split_words(args.words, text)
     args.rest += tail
     return args
@@ -54,48 +54,35 @@ def parse_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None) ->
 
 
 def split_words(words: Sequence[str], text: bool = False) -> tuple[list[str], list[str]]:
-    """(overrides, other words). Raises UserError for an override with an unknown key; with `text` only for
-    one that can hardly be anything else."""
-    pairs, rest = [], []
+    """(overrides, other words). Raises UserError for an override with an unknown key, unless words are free
+    `text`."""
+    pairs: list[str] = []
+    rest: list[str] = []
     for word in words:
         found = OVERRIDE.match(word)
-        if found and known_key(found[1]):
-            pairs.append(word)
-        elif found and (not text or _misspelt(found[1], word)):
+        if found and not known_key(found[1]) and not text:
             raise unknown_key(found[1], OVERRIDES)
-        else:
-            rest.append(word)
+        (pairs if found and known_key(found[1]) else rest).append(word)
     return pairs, rest
 
 
-def check_early(argv: Sequence[str], text: bool) -> None:
-    """Raise UserError for what is wrong with overrides and config file, before anything slow is imported. One
-    of several processes says so later, to all of them."""
+def check_early(argv: Sequence[str], text: bool = False, config: bool = True) -> None:
+    """Raise UserError for what is wrong with overrides and with a `config` file, before anything slow is
+    imported. One of several processes says so later, to all of them."""
     if os.environ.get("JAX_COORDINATOR_ADDRESS") or "--coordinator" in " ".join(argv):
         return
-    head = _without_set(_halves(argv)[0])
+    head, _ = _halves(argv)
     values = {i + 1 for i, word in enumerate(head) if word.startswith("--") and "=" not in word}
     pairs, rest = split_words([w for i, w in enumerate(head) if i not in values and w[:1] != "-"], text)
-    check_keys(next((word for word in rest if word.endswith((".yaml", ".yml"))), None), pairs)
+    files = [word for word in rest if config and word.endswith((".yaml", ".yml"))]
+    check_keys(files[0] if files else None, pairs)
 
 
 def _halves(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What is before and behind `--`; without each `--set`, which must stand before an override."""
     end = list(argv).index("--") if "--" in argv else len(argv)
-    return list(argv[:end]), list(argv[end + 1 :])
-
-
-def _without_set(argv: Sequence[str]) -> list[str]:
-    """Words without `--set`, each of which must stand before an override."""
-    words = [word for given in argv for word in (given.split("=", 1) if given[:6] == "--set=" else [given])]
-    for word, after in itertools.pairwise([*words, ""]):
-        found = OVERRIDE.match(after)
-        if word == "--set" and not found:
-            raise UserError(f"--set {after}: expected key=value, for example learning_rate=5e-4")
-        if word == "--set" and found and not known_key(found[1]):
-            raise unknown_key(found[1], OVERRIDES)
-    return [word for word in words if word != "--set"]
-
-
-def _misspelt(name: str, word: str) -> bool:
-    near = difflib.get_close_matches(name, [*KEYS, *ALIASES], n=1, cutoff=0.75)
-    return bool(near) and not re.search(r"\s", word.strip())
+    words = [w for word in argv[:end] for w in (word.split("=", 1) if word[:6] == "--set=" else [word])]
+    for flag, word in itertools.pairwise([*words, ""]):
+        if flag == "--set" and not split_words([word])[0]:
+            raise UserError(f"--set {word}: expected key=value, for example learning_rate=5e-4")
+    return [word for word in words if word != "--set"], list(argv[end + 1 :])

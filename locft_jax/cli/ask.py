@@ -18,7 +18,7 @@ from locft_jax.evaluation.scoring import cut, stop_tables
 from locft_jax.evaluation.verify import Prompts, answer
 from locft_jax.io.delta import load_delta
 from locft_jax.io.remote import path_or_url
-from locft_jax.logs import say
+from locft_jax.logs import log
 from locft_jax.model.model import Model
 from locft_jax.prepare import Prepared, no_site, prepare
 
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         prepared = prepared.over(load_delta(args.delta))
     ids = prompt_ids(prepared, args.max_tokens)
     for note in prepared.notes:
-        say(note)
+        log.warning(note)
     model = prepared.load()
     states = {"answer": model}
     if delta := prepared.delta:

@@ -1,11 +1,8 @@
-"""Undo, combine and inspect edits: `python -m locft_jax.delta apply|revert|show|diff|merge|compose`.
-
-A delta (`delta.safetensors` of a run) holds the edited tensors, new and old, and fits one base model.
-"""
+"""Undo, combine and inspect edits. A delta (`delta.safetensors` of a run) holds the edited tensors, new and
+old, and fits one base model."""
 
 import argparse
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from locft_jax.cli.arguments import new_parser
 from locft_jax.errors import UserError
 from locft_jax.evaluation.report import plain
 from locft_jax.io import outputs
@@ -22,7 +20,7 @@ from locft_jax.io.hf_folder import open_folder
 from locft_jax.io.hf_save import save_hf
 from locft_jax.io.model_card import readme
 from locft_jax.io.remote import open_path, path_or_url, size_of
-from locft_jax.logs import Bar
+from locft_jax.logs import Bar, log
 
 ROWS = 20  # tensors that `show` lists: a screen
 
@@ -33,17 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     args.run(args)
 
 
-def apply(args: argparse.Namespace) -> None:
+def apply(args: argparse.Namespace, edited: bool = False) -> None:
     """Make the edited model of the base: the bytes of the run's hf/."""
-    _rewrite(args, edited=False)
-
-
-def revert(args: argparse.Namespace) -> None:
-    """Make the base, byte for byte, of the edited model."""
-    _rewrite(args, edited=True)
-
-
-def _rewrite(args: argparse.Namespace, edited: bool) -> None:
     delta = load_delta(args.delta)
     checkpoint = open_folder(args.model)
     outputs.check_model_out(args.out, args.overwrite, checkpoint.source)
@@ -53,7 +42,13 @@ def _rewrite(args: argparse.Namespace, edited: bool) -> None:
     save_hf(checkpoint, values, open_path(args.out), cards)
     files = {info.file for info in checkpoint.tensors.values()}
     touched = {checkpoint.tensors[n].file for n in values}
-    say(f"{args.out}/: {len(values)} tensor(s) rewritten, in {len(touched)} of {len(files)} weight file(s)")
+    where = f"in {len(touched)} of {len(files)} weight file(s)"
+    print(f"written to {args.out}/: {len(values)} tensor(s) rewritten, {where}")
+
+
+def revert(args: argparse.Namespace) -> None:
+    """Make the base, byte for byte, of the edited model."""
+    apply(args, edited=True)
 
 
 def diff(args: argparse.Namespace) -> None:
@@ -69,10 +64,9 @@ def merge(args: argparse.Namespace) -> None:
     _write(args.out, delta)
     if shared:
         more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
-        print(
-            f"warning: several of these deltas edit {', '.join(shared[:3])}{more}: their changes were added "
-            "up, which may blur both; measure the result with `python -m locft_jax.evaluate`",
-            file=sys.stderr,
+        log.warning(
+            f"several of these deltas edit {', '.join(shared[:3])}{more}: their changes were added up, which "
+            "may blur both; measure the result with `locft evaluate`"
         )
 
 
@@ -85,7 +79,7 @@ def compose(args: argparse.Namespace) -> None:
 def _write(out: str | Path, delta: Delta) -> None:
     with outputs.result_file(out) as part:
         save_delta(delta, part)
-    say(f"{out}: {len(delta.new)} tensor(s), {size_of(out):,} bytes")
+    print(f"written to {out}: {len(delta.new)} tensor(s), {size_of(out):,} bytes")
 
 
 def show(args: argparse.Namespace) -> None:
@@ -108,23 +102,16 @@ def _table(title: str, lines: list[Change]) -> Table:
     table = Table(title=plain(title), title_justify="left", show_footer=len(lines) > 1)
     total, base = (float(np.hypot.reduce([getattr(c, k) for c in lines])) for k in ("norm", "base_norm"))
     largest = max(c.largest for c in lines)
-    left = len(lines) - ROWS
-    foot = f"{left} more; all {len(lines)}" if left > 0 else f"all {len(lines)}"
-    table.add_column("tensor", foot, overflow="fold")
+    left = f"{len(lines) - ROWS} more; " if len(lines) > ROWS else ""
+    table.add_column("tensor", f"{left}all {len(lines)}", overflow="fold")
     table.add_column("shape", overflow="fold")
-    for name, footer in (
-        ("change", f"{total:.3g}"),
-        ("of base", _share(total, base)),
-        ("largest", f"{largest:.3g}"),
-        ("rank", ""),
-    ):
+    feet = {"change": f"{total:.3g}", "of base": _share(total, base), "largest": f"{largest:.3g}", "rank": ""}
+    for name, footer in feet.items():
         table.add_column(name, footer, justify="right")
     for c in lines[:ROWS]:
-        rank = "-" if c.rank is None else str(c.rank)
-        shape = f"{c.dtype} " + "x".join(map(str, c.shape))
-        table.add_row(
-            plain(c.name), shape, f"{c.norm:.3g}", _share(c.norm, c.base_norm), f"{c.largest:.3g}", rank
-        )
+        shape, rank = f"{c.dtype} " + "x".join(map(str, c.shape)), "-" if c.rank is None else str(c.rank)
+        figures = f"{c.norm:.3g}", _share(c.norm, c.base_norm), f"{c.largest:.3g}", rank
+        table.add_row(plain(c.name), shape, *figures)
     return table
 
 
@@ -139,22 +126,16 @@ def _known(metadata: Mapping[str, str]) -> Iterable[tuple[str, str]]:
         if key in metadata:
             yield label, metadata[key]
     for parent in json.loads(metadata.get("parents", "[]")):
-        yield (
-            "made of",
-            ", ".join(f"{k} {parent[k]}" for k in ("made_by", "edits", "data_sha256") if k in parent),
-        )
+        known = (f"{k} {parent[k]}" for k in ("made_by", "edits", "data_sha256") if k in parent)
+        yield "made of", ", ".join(known)
     if "versions" in metadata:
         versions = json.loads(metadata["versions"])
         yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def say(text: str) -> None:
-    print(f"written to {text}")
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; `run` is the function of the chosen action."""
-    parser = argparse.ArgumentParser(prog="python -m locft_jax.delta", description=__doc__)
+    parser = new_parser("delta", __doc__)
     actions = parser.add_subparsers(required=True, metavar="ACTION")
 
     def action(run: object, out: str | None) -> argparse.ArgumentParser:

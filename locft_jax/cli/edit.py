@@ -3,12 +3,13 @@ bundled demo runs."""
 
 import argparse
 import hashlib
+import math
 import shlex
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 
 from locft_jax import api, distributed
@@ -76,19 +77,19 @@ def carry_out(args: argparse.Namespace) -> None:
         begin = time.monotonic()
         model = prepared.load()
         loaded = time.monotonic() - begin
-        start = prepared.delta.new if prepared.delta else None
-        hooks = hooks_of(config, args.profile, checkpointer.folder) if first else []
-        result = api.edit_prepared(
-            model, prepared, start=start, checkpointer=checkpointer, hooks=hooks, show=True
-        )
+        hooks: list[Hook] = [metrics_hook(name, checkpointer.folder / name) for name in config.report_to]
+        hooks = [*hooks, *([Profile(args.profile)] if args.profile else [])] if first else []
+        result = api.edit_prepared(model, prepared, checkpointer=checkpointer, hooks=hooks, show=True)
         if not first:
             return
-        result.report["seconds"]["load"] = loaded
+        report = result.report
+        report["seconds"]["load"] = loaded
         if earlier:
-            batches = result.report["batches"]
-            result.report["streaming"] = streaming_report(earlier, batches, args.start_from)
-        write(result, prepared, out, store, checkpointer, args.keep_checkpoint)
-    print_report(result.report, result.predictions, console)
+            report["streaming"] = streaming_report(earlier, report["batches"], args.start_from)
+        with outputs.results(out, store) as folder:
+            write(result, prepared, folder, store)
+            keep(checkpointer, folder, [*config.report_to, *["steps"] * args.keep_checkpoint])
+    print_report(report, result.predictions, console)
     if model.int8 and config.evaluate:
         console.print(plain(f"note: {int8_note(str(store or out), config)}"))
     written = {n.split("/")[0] for n in store.all_names()} if store else {p.name for p in out.iterdir()}
@@ -106,82 +107,66 @@ def look(config: Config, earlier: Earlier | None, start_from: str) -> Prepared:
     return prepared.over(last_delta(earlier.folder, prepared.folder, prepared.site))
 
 
-def hooks_of(config: Config, profile: str | None, folder: Path) -> list[Hook]:
-    """The loop's hooks that the config and the command line name; they write below `folder`."""
-    hooks: list[Hook] = [metrics_hook(name, folder / name) for name in config.report_to]
-    return [*hooks, Profile(profile)] if profile else hooks
+def write(result: api.EditResult, prepared: Prepared, folder: Path, store: Remote | None) -> None:
+    """All results, into the folder that becomes the run's; a model that belongs into a `store` goes there."""
+    begin, config, new, base = time.monotonic(), prepared.config, result.delta.new, prepared.folder
+    if "delta" in config.export:
+        save_delta(result.delta, folder / "delta.safetensors")
+    if "hf" in config.export:
+        files = readme(base.path, result.delta.cards())
+        save_hf(base, new, (store or folder) / "hf", files)
+    if "orbax" in config.export:
+        orbax_export.save_orbax(base, new, folder / "orbax")
+    write_jsonl(folder / "edits.jsonl", map(to_record, prepared.data.requests))
+    write_jsonl(folder / "steps.jsonl", result.steps)
+    write_jsonl(folder / "predictions.jsonl", result.predictions)
+    result.report["seconds"]["export"] = time.monotonic() - begin
+    write_json(folder / "report.json", result.report)
 
 
-def write(
-    result: api.EditResult,
-    prepared: Prepared,
-    out: Path,
-    store: Remote | None,
-    checkpointer: Checkpointer,
-    keep_checkpoint: bool,
-) -> None:
-    """All results, whole or not at all."""
-    begin, config, new = time.monotonic(), prepared.config, result.delta.new
-    with outputs.results(out, store) as folder:
-        if "delta" in config.export:
-            save_delta(result.delta, folder / "delta.safetensors")
-        if "hf" in config.export:
-            files = readme(prepared.folder.path, result.delta.cards())
-            save_hf(prepared.folder, new, store / "hf" if store else folder / "hf", files)
-        if "orbax" in config.export:
-            orbax_export.save_orbax(prepared.folder, new, folder / "orbax")
-        write_jsonl(folder / "edits.jsonl", map(to_record, prepared.data.requests))
-        write_jsonl(folder / "steps.jsonl", result.steps)
-        write_jsonl(folder / "predictions.jsonl", result.predictions)
-        result.report["seconds"]["export"] = time.monotonic() - begin
-        write_json(folder / "report.json", result.report)
-        checkpointer.close()  # it is in the folder that is replaced
-        kept = [(name, name) for name in config.report_to]
-        for name, target in [*kept, ("steps", "checkpoint")] if keep_checkpoint else kept:
-            if (checkpointer.folder / name).exists():
-                shutil.copytree(checkpointer.folder / name, folder / target)
+def keep(checkpointer: Checkpointer, folder: Path, names: Sequence[str]) -> None:
+    """Of what was written during the run, which is in the folder that is replaced."""
+    checkpointer.close()
+    for name in names:
+        if (checkpointer.folder / name).exists():
+            target = folder / ("checkpoint" if name == "steps" else name)
+            shutil.copytree(checkpointer.folder / name, target)
 
 
 def print_check(prepared: Prepared, console: Console) -> None:
     """What a run would do: site, steps, tokens, memory, and the first training texts."""
-    config, corpus, spec = prepared.config, prepared.corpus, prepared.base.spec
+    config, corpus, spec, folder = prepared.config, prepared.corpus, prepared.base.spec, prepared.folder
     assert corpus is not None
     step = step_of(corpus, config.batch_size, config.row_length, first_layer(spec, prepared.site))
-    itemsize, int8 = frozen_dtype(prepared.folder, config.weights).itemsize, config.weights == "int8"
+    itemsize, int8 = frozen_dtype(folder, config.weights).itemsize, config.weights == "int8"
     need = estimate(spec, prepared.mesh.shape, itemsize, prepared.site, step, int8)
-    size = sum(int(np.prod(prepared.folder.tensors[n].shape)) for n in prepared.site)
-    probes = len(prepared.questions.probes) if prepared.questions else 0
-    rows = {
-        "site": f"{', '.join(prepared.site[:2])}, {len(prepared.site)} tensor(s), {size:,} parameters",
-        "edits": f"{corpus.edits} in {len(corpus)} training texts, {len(corpus.tokens):,} tokens, of which "
-        f"{int(corpus.target_lengths.sum()):,} are trained; the longest has {int(corpus.lengths.max())}",
-        "steps": f"{-(-corpus.edits // config.batch_size)} an epoch, {config.num_epochs} epochs at most",
-        "probes": f"{probes}, asked before and after" if probes else "none",
-        "memory": f"{need} on each of {prepared.mesh.size} device(s); "
-        f"{as_text(device_memory(prepared.mesh).free)} are free",
-    }
-    for name, text in rows.items():
-        console.print(plain(f"{name:<8}{text}"), soft_wrap=True)
-    console.print("the first training texts, [what the loss is taken on] in brackets:")
+    size = sum(math.prod(folder.tensors[n].shape) for n in prepared.site)
+    trained, longest = int(corpus.target_lengths.sum()), int(corpus.lengths.max())
+    free = as_text(device_memory(prepared.mesh).free)
+    lines = [
+        f"site    {', '.join(prepared.site[:2])}: {len(prepared.site)} tensor(s), {size:,} parameters",
+        f"texts   {len(corpus)} of {corpus.edits} edits: {len(corpus.tokens):,} tokens, {trained:,} of them "
+        f"trained; {longest} in the longest",
+        f"steps   {-(-corpus.edits // config.batch_size)} an epoch, {config.num_epochs} epochs at most",
+        f"probes  {len(prepared.questions.probes) if prepared.questions else 'none'}",
+        f"memory  {need} on each of {prepared.mesh.size} device(s); {free} are free",
+        "first training texts, with [what is trained]:",
+    ]
     for i in range(min(SHOWN, len(corpus))):
-        tokens = corpus.tokens[corpus.offsets[i] : corpus.offsets[i + 1]]
-        head, tail = tokens[: corpus.target_start[i]], tokens[corpus.target_start[i] :]
-        decode = prepared.tokenizer.decode
-        console.print(plain(f"  {decode(head)}[{decode(tail)}]"), soft_wrap=True)
-    for note in prepared.notes:
-        console.print(plain(f"note: {note}"), soft_wrap=True)
+        tokens, start = corpus.tokens[corpus.offsets[i] : corpus.offsets[i + 1]], corpus.target_start[i]
+        head, tail = (prepared.tokenizer.decode(part) for part in (tokens[:start], tokens[start:]))
+        lines.append(f"  {head}[{tail}]")
+    for line in [*lines, *(f"note: {note}" for note in prepared.notes)]:
+        console.print(plain(line), soft_wrap=True)
 
 
 def int8_note(out: str, config: Config) -> str:
     """What the figures of a run with int8 frozen weights are figures of, and how to measure its result."""
-    model = shlex.quote(f"{out}/hf")
-    if "hf" not in config.export:
-        delta = shlex.quote(f"{out}/delta.safetensors")
-        model = f"{shlex.quote(config.model_name_or_path)} --delta {delta}"
-    return (
-        "these figures are of the model with int8 weights, what was written has full precision; "
-        f"locft evaluate --model {model} --data {shlex.quote(str(config.data_path))} measures that"
-    )
+    model = f"{shlex.quote(config.model_name_or_path)} --delta {shlex.quote(f'{out}/delta.safetensors')}"
+    model = shlex.quote(f"{out}/hf") if "hf" in config.export else model
+    how = f"locft evaluate --model {model} --data {shlex.quote(str(config.data_path))}"
+    figures = "these figures are of the model with int8 weights, what was written has full precision"
+    return f"{figures}; {how} measures that"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -14,7 +14,7 @@ from locft_jax.io import outputs
 from locft_jax.io.atomic import write_json
 from locft_jax.io.delta import load_delta
 from locft_jax.io.remote import path_or_url
-from locft_jax.logs import say
+from locft_jax.logs import log
 from locft_jax.prepare import no_site, prepare
 
 
@@ -37,7 +37,7 @@ def carry_out(args: argparse.Namespace) -> None:
     if distributed.several():
         distributed.agree(prepared.identity(), last=True)
     for note in prepared.notes:
-        say(note)
+        log.warning(note)
     model = prepared.load()
     model = model.with_overrides(prepared.delta.new) if prepared.delta else model
     report, lines = api.evaluate_prepared(model, prepared, show=True)

@@ -17,7 +17,7 @@ COMMANDS = {
     "delta": "apply, revert, show, diff, merge and compose edits",
     "plan": "whether an edit fits, and how long it takes, before there is a machine",
 }
-NO_CONFIG, TEXT, OWN_FILE = ("delta",), ("ask",), ("sweep",)
+NO_CONFIG, TEXT, OWN_FILE = ("delta",), ("ask",), ("sweep",)  # what is not as with the others
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def run(name: str, argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if name not in NO_CONFIG:
-            check_early(argv, name in TEXT)
+            check_early(argv, name in TEXT, name not in OWN_FILE)
     except UserError as e:
         print(one_screen(f"error: {e}"), file=sys.stderr)
         return 2

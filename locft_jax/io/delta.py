@@ -14,7 +14,6 @@ from locft_jax.errors import UserError, refuse
 from locft_jax.io.hf_folder import DTYPES, HFFolder, Layout, read_tensor
 from locft_jax.io.remote import local_copy
 from locft_jax.io.safetensors_header import explain
-from locft_jax.version import __version__
 
 BASE = "base::"
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}

@@ -188,7 +188,7 @@ def test_merging_is_the_same_in_either_order_and_warns_of_sums(edited, tiny_mode
     three = edited("three", 3, UP, DOWN)
     delta("merge", one, three, "--out", tmp_path / "sum")
     warning = capsys.readouterr().err
-    assert warning.startswith("warning: ") and DOWN in warning and UP not in warning
+    assert warning.startswith("note: ") and DOWN in warning and UP not in warning
     a, b, sum_of = (load_file(tmp_path / name) for name in ("one", "three", "sum"))
     base = a[f"base::{DOWN}"]
     assert sum_of[DOWN].tobytes() == (base + ((a[DOWN] - base) + (b[DOWN] - base))).tobytes()
