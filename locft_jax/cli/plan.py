@@ -1,8 +1,6 @@
-"""Does an edit fit, before there is a machine: `python -m locft_jax.plan CONFIG.yaml --topology v5e:4x4`.
-
-Compiles the programs of the edit for a TPU topology with the TPU's own compiler, on any machine and without
-weights: a folder's or a bare config.json is enough. Nothing is downloaded.
-"""
+"""Does an edit fit, before there is a machine: the programs of the edit are compiled for a TPU topology with
+the TPU's own compiler, on any machine and without weights. A folder's or a bare config.json is enough;
+nothing is downloaded."""
 
 import argparse
 import json
@@ -10,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from locft_jax.cli.arguments import new_parser, parse_config
 from locft_jax.config import load_config
 from locft_jax.logs import log
 from locft_jax.studies.plan.case import make_case
@@ -41,22 +40,17 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; `pairs` are its key=value overrides."""
-    parser = argparse.ArgumentParser(prog="python -m locft_jax.plan", description=__doc__)
+    parser = new_parser("plan", __doc__, "CONFIG.yaml | key=value")
     add = parser.add_argument
-    add("config", nargs="?", help="YAML file; without it and without a model: the demo")
     add("--topology", default="auto", metavar="NAME", help="v5e:4x4, v5e-8 (one host), v5p:2x2x1, gpu:8, "
         "cpu:8, ..., or auto (default): the TPU slice with the least memory that it fits")  # fmt: skip
-    add("--weights", choices=("bf16", "float32", "int8"), help="dtype of the frozen weights (default: the "
-        "config's)")  # fmt: skip
-    add("--batch_size", type=int, metavar="N", help="edits a step (default: the config's)")
-    add("--seq", type=int, metavar="N", help="tokens a packed row (default: the config's row_length)")
+    add("--weights", choices=("bf16", "float32", "int8"), help="the same as weights=...")
+    add("--batch_size", metavar="N", help="the same as batch_size=N")
+    add("--seq", metavar="N", help="tokens a packed row: the same as row_length=N")
     add("--memory", type=float, metavar="GIB", help="memory of a device, in place of the usual")
     add("--model-config", type=Path, metavar="FILE", help="config.json of the model, where no folder is here")
-    add("--set", action="append", default=[], nargs="+", metavar="key=value", help="override a key")
     add("--json", action="store_true", help="one JSON object on standard output in place of the table")
-    args = parser.parse_args(argv)
-    args.pairs = [pair for group in args.set for pair in group]
+    args = parse_config(parser, argv)
     given = {"weights": args.weights, "batch_size": args.batch_size, "row_length": args.seq}
     args.pairs += [f"{k}={v}".replace("bf16", "bfloat16") for k, v in given.items() if v is not None]
     return args
-

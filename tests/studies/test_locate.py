@@ -138,12 +138,12 @@ def test_a_killed_run_goes_on_to_the_same_table(run, arguments, tmp_path, capsys
 
 
 def before_is_kept(monkeypatch):
-    """`ask` that refuses to ask a model without guesses of what it will say."""
+    """`ask` that refuses to ask a model without drafts of what it will say."""
     from locft_jax.studies.locate.measure import ask
 
-    def guarded(model, edits, asked, guesses, *rest, **options):
-        assert guesses is not None, "the answers before the edit were kept"
-        return ask(model, edits, asked, guesses, *rest, **options)
+    def guarded(model, questions, drafts, *rest, **options):
+        assert drafts is not None, "the answers before the edit were kept"
+        return ask(model, questions, drafts, *rest, **options)
 
     return guarded
 
@@ -152,7 +152,7 @@ def test_a_run_that_measured_nothing_leaves_nothing(arguments, tmp_path, capsys,
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(locate, "load_opened", stop)
+    monkeypatch.setattr("locft_jax.prepare.load_opened", stop)
     assert run_command(locate.main, arguments(tmp_path / "out", *MODULES)) == 1
     assert "nothing was written" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
@@ -190,14 +190,14 @@ def test_a_site_that_fails_is_left_out(arguments, tmp_path, capsys):
 def test_what_is_refused_before_anything_is_loaded(
     options, changes, said, arguments, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(locate, "load_opened", lambda *args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("locft_jax.prepare.load_opened", lambda *args: pytest.fail("weights were loaded"))
     assert run_command(locate.main, arguments(tmp_path / "out", *options, **changes)) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_results_are_replaced_only_when_asked(run, arguments, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(locate, "load_opened", lambda *args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("locft_jax.prepare.load_opened", lambda *args: pytest.fail("weights were loaded"))
     out = shutil.copytree(run, tmp_path / "copy")
     assert run_command(locate.main, arguments(out, *MODULES)) == 2
     assert "already exists" in capsys.readouterr().err

@@ -114,7 +114,7 @@ def test_resuming_with_other_settings_is_refused(arguments, tmp_path, monkeypatc
 def test_every_run_is_looked_at_before_any_weight_is_loaded(
     grid, told, arguments, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(sweep, "load_opened", None)
+    monkeypatch.setattr("locft_jax.prepare.load_opened", None)
     out = tmp_path / "out"
     grid = grid.replace("layers.{}.nothing", '"layers.{}.nothing"')
     assert run_command(sweep.main, arguments(out, grid)) == 2

@@ -22,13 +22,8 @@ MODULES = {
     "entire": "model.layers.{}",
     "attention": "model.layers.{}.self_attn",
     "mlp": "model.layers.{}.mlp",
-    "up": "model.layers.{}.mlp.up_proj.weight",
-    "down": "model.layers.{}.mlp.down_proj.weight",
-    "gate": "model.layers.{}.mlp.gate_proj.weight",
-    "q": "model.layers.{}.self_attn.q_proj.weight",
-    "k": "model.layers.{}.self_attn.k_proj.weight",
-    "v": "model.layers.{}.self_attn.v_proj.weight",
-    "o": "model.layers.{}.self_attn.o_proj.weight",
+    **{name: f"model.layers.{{}}.mlp.{name}_proj.weight" for name in ("up", "down", "gate")},
+    **{name: f"model.layers.{{}}.self_attn.{name}_proj.weight" for name in "qkvo"},
 }
 STUDIED = ("entire", "attention", "mlp", "up", "down")
 
@@ -50,25 +45,32 @@ class Place:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What is to be measured. `every`: only each so many layers at first, then those between around the
-    best; 1 measures all at once."""
+    best; 1 measures all at once. Raises UserError for what the model does not have."""
 
     spec: ModelSpec
     modules: tuple[str, ...]
     layers: tuple[int, ...]
     every: int = 1
 
+    def __post_init__(self) -> None:
+        self.all()
+
     def places(self, modules: Sequence[str], layers: Sequence[int]) -> list[Place]:
         """Layer by layer from below, so that activations can be carried upward."""
-        return [place(self.spec, m, l) for l in sorted(layers) for m in modules]
+        pairs = [(MODULES.get(m, m), m, l) for l in sorted(layers) for m in modules]
+        return [Place(l, m, template, find_site(self.spec, [template], [l])) for template, m, l in pairs]
 
-    def told(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """What tells one plan from another, in JSON types."""
         return {"modules": list(self.modules), "layers": list(self.layers), "every": self.every}
 
+    def coarse(self) -> set[int]:
+        """The layers of the first round."""
+        return {*self.layers[:: self.every], self.layers[-1]}
+
     def size(self) -> str:
         """The number of sites, for people."""
-        first = {*self.layers[:: self.every], self.layers[-1]}
-        count = f"{len(self.modules)} module(s) in {len(first)} of {self.spec.n_layers} layers"
+        count = f"{len(self.modules)} module(s) in {len(self.coarse())} of {self.spec.n_layers} layers"
         return f"{count}, then the layers around the best" if self.every > 1 else count
 
     def all(self) -> list[Place]:
@@ -77,54 +79,34 @@ class Plan:
 
     def rounds(self, lines: Sequence[Line]) -> Iterator[tuple[str, list[Place]]]:
         """(name, places) of each round; `lines` grows by those of a round before the next is asked for."""
-        coarse = {*self.layers[:: self.every], self.layers[-1]}
-        yield "locating", self.places(self.modules, sorted(coarse))
+        yield "locating", self.places(self.modules, sorted(self.coarse()))
         if self.every > 1:
             top = best(lines)
             at = self.layers.index(top["layer"])
             around = self.layers[max(0, at - self.every + 1) : at + self.every]
-            yield "refining", self.places([top["module"]], sorted(set(around) - coarse))
-
-
-def place(spec: ModelSpec, module: str, layer: int) -> Place:
-    """Raises UserError for a module that the model does not have."""
-    template = MODULES.get(module, module)
-    return Place(layer, module, template, find_site(spec, [template], [layer]))
+            yield "refining", self.places([top["module"]], sorted(set(around) - self.coarse()))
 
 
 def make_plan(
-    spec: ModelSpec,
-    modules: Sequence[str] | None,
-    layers: Sequence[int] | None,
-    strategy: str,
-    sibling: Path | None,
+    spec: ModelSpec, modules: Sequence[str], layers: Sequence[int], strategy: str, sibling: Path | None
 ) -> Plan:
-    """The plan that the command line asks for. With a `sibling` (sites.json of a smaller model): its
-    recommended module at the same relative depth, alone. Raises UserError for what this model lacks."""
+    """The plan that the command line asks for; without `modules` the studied ones, without `layers` all. With
+    a `sibling` (sites.json of a smaller model): its recommended module at the same relative depth, alone.
+    Raises UserError for what this model lacks."""
     if sibling is not None:
         module, layer = transfer(sibling, spec.n_layers)
-        return _checked(Plan(spec, (module,), (layer,)))
+        return Plan(spec, (module,), (layer,))
     names = tuple(dict.fromkeys(modules or STUDIED))
     for name in names:
-        if name not in MODULES:
-            _check_template(name)
-    chosen = tuple(sorted(set(range(spec.n_layers) if layers is None else layers)))
-    every = max(2, round(math.sqrt(len(chosen)))) if strategy == "coarse" else 1
-    return _checked(Plan(spec, names, chosen, every if len(chosen) > 2 else 1))
-
-
-def _checked(plan: Plan) -> Plan:
-    plan.all()
-    return plan
-
-
-def _check_template(name: str) -> None:
-    if name.count("{}") != 1:
-        raise UserError(
-            f"--modules: {name!r} is no module; name any of {' '.join(MODULES)}, or a template with {{}} for "
-            "the layer, such as model.layers.{}.mlp.down_proj.weight"
-        )
-    config_from_dict({"rewrite_module": name}, "--modules")
+        if name not in MODULES and name.count("{}") != 1:
+            raise UserError(
+                f"--modules: {name!r} is no module; name any of {' '.join(MODULES)}, or a template with {{}} "
+                "for the layer, such as model.layers.{}.mlp.down_proj.weight"
+            )
+        config_from_dict({"rewrite_module": MODULES.get(name, name)}, "--modules")
+    chosen = tuple(sorted(set(layers or range(spec.n_layers))))
+    every = max(2, round(math.sqrt(len(chosen)))) if strategy == "coarse" and len(chosen) > 2 else 1
+    return Plan(spec, names, chosen, every)
 
 
 def transfer(sibling: Path, n_layers: int) -> tuple[str, int]:

@@ -11,17 +11,19 @@ import numpy as np
 from locft_jax.config import Config
 from locft_jax.data.packing import Corpus, corpus_from_lists
 from locft_jax.data.requests import read_requests
+from locft_jax.data.tokenize import TextEncoder
 from locft_jax.editing.regularizers.preconditioner import check_preserve
-from locft_jax.editing.run import choose_site, encode_requests
+from locft_jax.editing.run import choose_site
 from locft_jax.editing.site import first_layer
 from locft_jax.errors import UserError
 from locft_jax.io.hf_folder import open_folder
 from locft_jax.io.hf_load import load_tokenizer
 from locft_jax.model.spec import ModelSpec, parse_spec, read_config
+from locft_jax.prepare import Base, prepare
 
 EDITS = 3000  # where the config does not say how many
-SAMPLE = 3000  # texts that batches are made of
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+SAMPLE = 3000  # texts that batches are made of, where lengths are assumed
+DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 SHAPES = Path(__file__).resolve().parents[3] / "configs" / "models"  # of a source tree
 
 
@@ -44,7 +46,7 @@ class Case:
     @property
     def tokens(self) -> int:
         """Of all edits."""
-        return round(self.edits * float(self.corpus.lengths.mean()))
+        return round(self.edits * len(self.corpus.tokens) / self.corpus.edits)
 
 
 def make_case(config: Config, model_config: Path | None = None) -> tuple[Case, list[str]]:
@@ -55,22 +57,24 @@ def make_case(config: Config, model_config: Path | None = None) -> tuple[Case, l
     if model_config is not None and not model_config.exists():
         raise UserError(f"--model-config: no file {str(model_config)!r}")
     path = model_config or find_shape(config)
-    values = read_config(path)
+    values, notes = read_config(path), []
     spec = parse_spec(values, str(path))
-    site = choose_site(spec, config)
-    check_preserve(spec, site, config)
-    folder = path if path.is_dir() and any(path.glob("*.safetensors")) else None
-    stored = open_folder(str(folder)).dtype if folder else _stored_dtype(values)
-    given = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
-    dtype = np.dtype(given.get(config.weights, stored))
-    edits, notes, corpus = config.num_edits or EDITS, [], None
-    if config.data_path is not None and Path(config.data_path).is_file():
-        requests = read_requests(config.data_path, config.num_edits, config.on_conflict).requests
-        edits = len(requests)
-        if folder:
-            tokenizer = load_tokenizer(open_folder(str(folder)))
-            corpus = encode_requests(tokenizer, requests[:SAMPLE], config, spec)
-    if corpus is None:
+    folder = open_folder(str(path)) if path.is_dir() and any(path.glob("*.safetensors")) else None
+    named = str(values.get("dtype") or values.get("torch_dtype"))
+    stored = folder.dtype if folder else DTYPES.get(named, ml_dtypes.bfloat16)
+    dtype = np.dtype(stored if config.weights in ("checkpoint", "int8") else DTYPES[config.weights])
+    here = config.data_path if config.data_path and Path(config.data_path).is_file() else None
+    if here and folder:
+        base = Base(spec, folder, TextEncoder(load_tokenizer(folder)))
+        prepared = prepare(dataclasses.replace(config, evaluate=False, eval_every=None), base=base)
+        site, corpus, edits = prepared.site, prepared.corpus, len(prepared.data.requests)
+        assert corpus is not None
+    else:
+        site = choose_site(spec, config)
+        check_preserve(spec, site, config)
+        edits = config.num_edits or EDITS
+        if here:
+            edits = len(read_requests(here, config.num_edits, config.on_conflict).requests)
         corpus = assumed_corpus(min(edits, SAMPLE))
         mean, most = corpus.lengths.mean(), corpus.lengths.max()
         notes.append(
@@ -97,11 +101,6 @@ def find_shape(config: Config) -> Path:
         "nothing; give the file with --model-config FILE, or a folder with "
         "--set model_name_or_path=FOLDER"
     )
-
-
-def _stored_dtype(values: dict[str, Any]) -> Any:
-    """What a config.json says of its checkpoint's dtype; bfloat16 where it says nothing."""
-    return DTYPES.get(str(values.get("dtype") or values.get("torch_dtype")), ml_dtypes.bfloat16)
 
 
 def assumed_corpus(edits: int, seed: int = 0) -> Corpus:

@@ -23,20 +23,12 @@ GIB = 2**30
 class Chip:
     """What one device has and does at most. None: not known."""
 
-    memory: float | None  # GiB
+    memory: float  # GiB
     flops: float | None = None  # bfloat16 FLOP/s
-    bandwidth: float | None = None  # bytes/s of its memory
-    links: float | None = None  # bytes/s that it sends to other chips, over all of its links
 
 
-# Google Cloud's documentation, "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e", table of system architecture;
-# its inter-chip bandwidth counts both directions, `links` one.
-TPUS = {
-    "v4": Chip(32, 275e12, 1228e9, 150e9),
-    "v5e": Chip(16, 197e12, 819e9, 200e9),
-    "v5p": Chip(95, 459e12, 2765e9, 600e9),
-    "v6e": Chip(32, 918e12, 1640e9, 400e9),
-}
+# Google Cloud's documentation, "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e", table of system architecture.
+TPUS = {"v4": Chip(32, 275e12), "v5e": Chip(16, 197e12), "v5p": Chip(95, 459e12), "v6e": Chip(32, 918e12)}
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 SLICES = {"v4": CUBIC, "v5e": FLAT, "v5p": CUBIC, "v6e": FLAT}
@@ -50,9 +42,9 @@ class Topology:
     name: str
     kind: str  # a key of TPUS, "gpu" or "cpu"
     chip: Chip
+    count: int
     shape: tuple[int, ...] = ()
     one_host: bool = False
-    devices: int = 0
 
     @property
     def compiles(self) -> bool:
@@ -60,79 +52,62 @@ class Topology:
         return bool(self.shape) and self.kind != "v4"
 
     @property
-    def count(self) -> int:
-        return math.prod(self.shape) if self.shape else self.devices
-
-    @property
     def memory(self) -> float:
         """Bytes of one device."""
-        return (self.chip.memory or 0) * GIB
+        return self.chip.memory * GIB
 
 
-def known_topologies() -> str:
-    """For messages: what `parse_topology` accepts."""
-    slices = "; ".join(f"{kind}: {', '.join(sizes)}" for kind, sizes in SLICES.items())
-    return (
-        f"a TPU slice kind:shape ({slices}), a machine type (v5e-1, v5e-4, v5e-8, v6e-8: one host; v5e-16, "
-        "v5p-8, ...), gpu:N, cpu:N, or auto"
-    )
+def tpu_slice(kind: str, size: str, chip: Chip | None = None) -> Topology:
+    """A slice by its shape, such as `4x4`."""
+    shape = tuple(int(n) for n in size.split("x"))
+    return Topology(f"{kind}:{size}", kind, chip or TPUS[kind], math.prod(shape), shape)
 
 
 def parse_topology(text: str, memory: float | None = None) -> Topology:
-    """What `text` names (`known_topologies`). `memory`: GiB a device, in place of the table's.
-
-    Raises UserError, which lists what there is.
-    """
-    kind, _, rest = text.partition(":") if ":" in text else text.partition("-")
+    """What `text` names. `memory`: GiB a device, in place of the table's. Raises UserError, which lists what
+    is known."""
+    kind, sign, rest = text.partition(":" if ":" in text else "-")
     found = None
-    if kind in ("gpu", "cpu") and ":" in text and re.fullmatch(r"[1-9][0-9]{0,5}", rest):
+    if kind in ("gpu", "cpu") and sign == ":" and re.fullmatch(r"[1-9][0-9]{0,5}", rest):
         chip = GPU if kind == "gpu" else Chip(host_memory() / GIB / int(rest))
-        found = Topology(text, kind, chip, devices=int(rest))
-    elif kind in TPUS and ":" in text and rest in SLICES[kind]:
-        found = Topology(text, kind, TPUS[kind], _sizes(rest))
-    elif kind in TPUS and "-" in text and rest.isdecimal():
-        # v4 and v5p count TensorCores, two a chip.
-        chips = int(rest) / (2 if SLICES[kind] is CUBIC else 1)
-        same = [s for s in map(_sizes, SLICES[kind]) if math.prod(s) == chips]
-        one_host = chips <= (8 if SLICES[kind] is FLAT else 4)
-        found = Topology(text, kind, TPUS[kind], same[0], one_host) if same else None
+        found = Topology(text, kind, chip, int(rest))
+    elif kind in TPUS and sign == ":" and rest in SLICES[kind]:
+        found = tpu_slice(kind, rest)
+    elif kind in TPUS and sign == "-" and rest.isdecimal():
+        cubic = SLICES[kind] is CUBIC  # v4 and v5p count TensorCores, two a chip; their hosts have four
+        chips = int(rest) / (2 if cubic else 1)
+        same = (t for t in (tpu_slice(kind, size) for size in SLICES[kind]) if t.count == chips)
+        if slice_ := next(same, None):
+            found = dataclasses.replace(slice_, name=text, one_host=chips <= (4 if cubic else 8))
     if found is None:
         names = [f"{k}:{s}" for k, sizes in SLICES.items() for s in sizes] + ["gpu:1", "cpu:1", "auto"]
         near = difflib.get_close_matches(text, names, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"--topology: {text!r} is not known; {hint}It may be {known_topologies()}")
-    if memory is not None:
-        found = dataclasses.replace(found, chip=dataclasses.replace(found.chip, memory=memory))
-    return found
-
-
-def _sizes(shape: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in shape.split("x"))
+        slices = "; ".join(f"{kind}: {', '.join(sizes)}" for kind, sizes in SLICES.items())
+        raise UserError(
+            f"--topology: {text!r} is not known; {hint}It may be a TPU slice kind:shape ({slices}), a "
+            "machine type (v5e-1, v5e-4, v5e-8, v6e-8: one host; v5e-16, v5p-8, ...), gpu:N, cpu:N, or auto"
+        )
+    chip = found.chip if memory is None else dataclasses.replace(found.chip, memory=memory)
+    return dataclasses.replace(found, chip=chip)
 
 
 def larger(topology: Topology) -> Iterator[Topology]:
     """The next sizes of the same kind."""
     if topology.shape:
-        for shape in SLICES[topology.kind]:
-            if math.prod(_sizes(shape)) > topology.count:
-                yield Topology(f"{topology.kind}:{shape}", topology.kind, topology.chip, _sizes(shape))
+        sizes = (tpu_slice(topology.kind, size, topology.chip) for size in SLICES[topology.kind])
+        yield from (t for t in sizes if t.count > topology.count)
     elif topology.kind == "gpu":  # those of a CPU share the host's memory: more bring no more
-        first = topology.count.bit_length()
-        for n in (2**k for k in range(first, first + 8)):
-            yield dataclasses.replace(topology, name=f"gpu:{n}", devices=n)
+        for n in (topology.count.bit_length() + k for k in range(8)):
+            yield dataclasses.replace(topology, name=f"gpu:{2**n}", count=2**n)
 
 
 def all_slices() -> list[Topology]:
     """Every TPU slice that can be compiled for, least memory in all first, then fewest chips; 2x4 chips as
     one host."""
-    found = [
-        Topology(f"{kind}:{shape}", kind, TPUS[kind], _sizes(shape))
-        for kind, shapes in SLICES.items()
-        for shape in shapes
-    ]
-    hosts = [parse_topology(f"{kind}-8") for kind in ("v5e", "v6e")]
-    found = [t for t in found if t.compiles and t.shape != (2, 4)] + hosts
-    return sorted(found, key=lambda t: (t.count * t.memory, t.count))
+    every = [tpu_slice(kind, size) for kind, sizes in SLICES.items() for size in sizes if size != "2x4"]
+    every = [t for t in every if t.compiles] + [parse_topology(f"{kind}-8") for kind in ("v5e", "v6e")]
+    return sorted(every, key=lambda t: (t.count * t.memory, t.count))
 
 
 def prepare_compiler() -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from locft_jax.errors import UserError
 from locft_jax.evaluation.report import plain
-from locft_jax.io.atomic import kept_jsonl, write_whole_json
+from locft_jax.io.atomic import kept_jsonl, read_json, write_whole_json
 from locft_jax.studies.sweep import frontier
 from locft_jax.studies.tables import RATES, SHORT, Line, label, percent, print_table, write_table
 
@@ -33,6 +33,12 @@ def open_lines(folder: Path, known: Mapping[str, str], resume: bool) -> dict[str
     folder.mkdir(parents=True, exist_ok=True)
     write_whole_json(folder / "run.json", dict(known))
     return lines
+
+
+def finished(out: Path, known: Mapping[str, str]) -> bool:
+    """Whether `out` holds the results of these very runs, and nothing to resume from."""
+    found = read_json(out / "sweep.json")
+    return not (out / "checkpoint").exists() and isinstance(found, dict) and found.get("known") == known
 
 
 def grouped(lines: Sequence[Line]) -> list[dict[str, Any]]:

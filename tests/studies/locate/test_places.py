@@ -121,6 +121,7 @@ def test_a_file_that_is_no_table_of_sites_is_refused(tmp_path, text):
 
 
 def test_plans_are_told_apart():
-    told = [json.dumps(p.told()) for p in (plan(), plan(["up"]), plan(layers=[1]), plan(strategy="coarse"))]
-    assert len(set(told)) == 4
-    assert dataclasses.replace(plan(), every=1).told() == plan().told()
+    plans = plan(), plan(["up"]), plan(layers=[1]), plan(strategy="coarse")
+    found = [json.dumps(p.describe()) for p in plans]
+    assert len(set(found)) == 4
+    assert dataclasses.replace(plan(), every=1).describe() == plan().describe()
