@@ -173,7 +173,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; `pairs` are its key=value overrides."""
     parser = new_parser("edit", __doc__, "CONFIG.yaml | key=value")
     add = parser.add_argument
-    add("--out", type=path_or_url, help="folder or URL (gs://...) of results (default: output_dir, runs/NAME)")
+    add("--out", type=path_or_url, help="folder or URL of the results (default: output_dir, runs/NAME)")
     add("--overwrite", action="store_true", help="replace an existing --out when the run is done")
     add("--resume", action="store_true", help="continue the interrupted run in --out, if there is one")
     add("--check", action="store_true", help="print what the run would do, and stop before loading the model")

@@ -192,7 +192,7 @@ class _Log:
             what = "mini-batch" if self.job.schedule.pipeline == "depth" else "epoch"
             raise NonFiniteLoss(
                 f"the loss is {value} in {what} {visit.round + 1}, step {len(self.records) + 1}, over the "
-                f"edits {', '.join(map(str, which[:8]))}{', ...' if len(which) > 8 else ''} (counted from 0); "
+                f"edits {', '.join(map(str, which[:8]))}{', ...' if len(which) > 8 else ''} (from 0 on); "
                 "a smaller learning_rate, or weights and data without NaN or infinity, would be right"
             )
         tokens = int(corpus.lengths[corpus.examples_of(which)].sum())

@@ -232,7 +232,8 @@ def edited_tensors(checkpoint) -> dict[str, np.ndarray]:
     """A matrix and a norm, changed, through the model and back: {name: array in checkpoint dtype}."""
     mesh = make_mesh(ONE, jax.devices()[:1])
     weights = hf_load.load_weights(checkpoint, mesh)
-    masters = {n: take_tensor(Params(checkpoint.spec, weights), n).astype(np.float32) + 0.3 for n in (DOWN, NORM)}
+    params = Params(checkpoint.spec, weights)
+    masters = {n: take_tensor(params, n).astype(np.float32) + 0.3 for n in (DOWN, NORM)}
     return hf_save.to_checkpoint_dtype(checkpoint, masters)
 
 
