@@ -100,7 +100,7 @@ def edit_prepared(
     show: bool = False,
 ) -> EditResult:
     """`edit` of a prepared run, from `start` or its `delta`. `checkpointer`: where its state is kept, and
-    where it resumes if it was interrupted; raises Interrupted (a KeyboardInterrupt) when that was asked to stop."""
+    where it resumes if it was interrupted; raises Interrupted (a KeyboardInterrupt) when asked to stop."""
     prepared = prepared.complete(model)
     config, questions, corpus = prepared.config, prepared.questions, prepared.corpus
     assert corpus is not None and prepared.retained is not None

@@ -17,7 +17,7 @@ say = log.warning
 
 class Terminal(logging.Handler):
     """Plain lines on stderr: a warning is a note to the user. Records of other libraries take one line,
-    without one line, without the traceback: commands end with a message of their own that says what to do."""
+    without the traceback: commands end with a message of their own that says what to do."""
 
     def emit(self, record: logging.LogRecord) -> None:
         text, library = record.getMessage(), record.name.split(".")[0]
