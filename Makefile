@@ -2,8 +2,8 @@
 # into it when pyproject.toml has changed.
 #
 #   make demo [ARGS="num_edits=50"]           edit the bundled demo model
-#   make test [ARGS="-k packing --no-cov"]    lint, types, tests with coverage
-#   make docs                                the documentation in site/; fails for a broken link
+#   make test [ARGS="-k packing -n 0"]        lint, types, tests; ARGS=--cov with coverage
+#   make docs                                 the documentation in site/; fails for a broken link
 #   make demo PYTHON=python3.12               with another Python (remove .venv first)
 
 PYTHON ?= python3
@@ -23,7 +23,7 @@ demo: .venv/.demo
 test: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -rs --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest -rs -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 docs: .venv/.docs
 	$(BIN)/python docs/generate.py --check

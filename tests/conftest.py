@@ -4,7 +4,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,17 @@ os.environ.update(
 )
 for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):
     os.environ.pop(name, None)
-# Compilation is most of the time of a test that edits: one cache for all workers and subprocesses.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "locft-jax-compiled"))
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# Compilation is most of the time of a test that edits: all workers and subprocesses share what is compiled, and
+# so does the next run on this machine. Remove the folder for a cold run.
+COMPILED = Path(tempfile.gettempdir()) / f"locft-jax-compiled-{os.getuid()}-jax-{version('jax')}"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+os.environ |= {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # a third off every compilation; see `optimized`
+}
+# Tests that compare with other programs, or read what the compiler says: compiled as a user's code is.
+OPTIMIZED = ("model", "editing/test_step.py", "evaluation/test_metrics.py", "studies/test_plan.py")
 
 sys.path.insert(0, str(Path(__file__).parent))  # forked.py, also for the process that it forks from
 
@@ -101,6 +109,22 @@ EDIT_SETTINGS = {
     "loss_floor": "1.08",  # the final norm bounds its logits: less than about 1 cannot be reached
     "mesh": "{data: 1, model: 1}",
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimized(request: pytest.FixtureRequest) -> Iterator[None]:
+    """XLA's optimizations in the modules of OPTIMIZED, few of them in the others."""
+    import jax
+
+    tests = Path(__file__).parent
+    wanted = any(request.path.is_relative_to(tests / name) for name in OPTIMIZED)
+    if wanted:
+        jax.config.update("jax_disable_most_optimizations", False)
+        jax.clear_caches()
+    yield
+    if wanted:
+        jax.config.update("jax_disable_most_optimizations", True)
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
