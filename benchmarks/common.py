@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from locft_jax.data.packing import Corpus, corpus_from_lists
+from locft_jax.editing.hooks import Hook, StepRecord
 from locft_jax.model.spec import ModelSpec, parse_spec
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -43,6 +44,21 @@ def zsre_like(count: int, vocab: int, seed: int = 0) -> Corpus:
     targets = np.clip(np.round(rng.gamma(2.2, 1.3, count)), 1, 10).astype(int)
     parts = [[*rng.integers(1, vocab, p + t), 0] for p, t in zip(prompts, targets, strict=True)]
     return corpus_from_lists(parts, prompts)
+
+
+class Steps(Hook):
+    """The loss of every step, and when it was known (the first time: when the loop began)."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.times: list[float] = []
+
+    def on_start(self, done: Sequence[StepRecord]) -> None:
+        self.times.append(time.perf_counter())
+
+    def on_step(self, record: StepRecord) -> None:
+        self.losses.append(record.loss)
+        self.times.append(time.perf_counter())
 
 
 def seconds(run: Callable[[], Any], repeats: int = 3) -> float:
@@ -96,6 +112,12 @@ def finish(result: dict[str, Any], out: Path | None) -> None:
     if out is not None:
         out.write_text(line + "\n")
     print(line)
+
+
+def peak_gib() -> float | None:
+    """Most device memory JAX has held so far, None where the backend keeps no count."""
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return None if peak is None else peak / 2**30
 
 
 def hardware() -> str:

@@ -5,7 +5,7 @@
 
 Two cases, each before and after an edit: the demo model with the probes of its own edits, and a
 135M Llama shape with random weights and 100 ZsRE-length edits, asked its edit prompts. Ours is one
-teacher-forced pass that proves the answers it can, then decoding of the rest; theirs decodes all,
+teacher-forced pass that verifies the answers it can, then decoding of the rest; theirs decodes all,
 left-padded, sorted by length, with every stop token as `eos_token_id`. Both are timed after a run
 that compiles. Answers must be the same token for token: exit status 1 if one is not. Needs torch
 (the `test` extra).
@@ -14,7 +14,7 @@ that compiles. Answers must be the same token for token: exit status 1 if one is
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +33,25 @@ from locft_jax.config import DEMO_CONFIG, load_config
 from locft_jax.data.capability import read_capability
 from locft_jax.data.packing import Corpus
 from locft_jax.data.requests import read_requests
-from locft_jax.editing.run import choose_site
+from locft_jax.editing.run import agreed_budgets, choose_site
 from locft_jax.editing.site import find_site, first_layer, read_site
 from locft_jax.editing.step import Hyper, init_state
-from locft_jax.editing.trainer import Schedule, run_pipeline
-from locft_jax.evaluation.ask import ask, later_guesses, probe_cache
-from locft_jax.evaluation.probes import NEW_TOKENS, make_probes, prepare
+from locft_jax.editing.trainer import Job, Schedule, train
+from locft_jax.evaluation.ask import ask, later_drafts, probe_cache
+from locft_jax.evaluation.probes import NEW_TOKENS, make_probes, make_questions
 from locft_jax.evaluation.scoring import matches, stop_tables
-from locft_jax.evaluation.verify import ProbeCache, answer
+from locft_jax.evaluation.verify import ProbeCache, Prompts, answer
 from locft_jax.io.delta import load_delta
 from locft_jax.io.hf_folder import open_folder
 from locft_jax.io.hf_load import load_model, load_weights
 from locft_jax.model.activation_cache import cached_source
-from locft_jax.model.decode import Reader
+from locft_jax.model.model import Model
 from locft_jax.model.sharding import make_mesh
 from locft_jax.model.weights import Params, take_tensor
 
 SEED, BATCH = 0, 64
 ONE = {"data": 1, "model": 1}
-Answered = tuple[list[Any], int]  # every answer, how many one pass proved
+Answered = tuple[list[Any], int]  # every answer, how many one pass verified
 
 
 def torch_answers(
@@ -87,7 +87,7 @@ def compare(
     case: str, when: str, ours: Callable[[], Answered], theirs: Callable[[], list[Any]], repeats: int
 ) -> dict[str, Any]:
     """Run both once to compile and to compare, then time them in turn; the best of each counts."""
-    (tokens, proved), expected = ours(), theirs()
+    (tokens, verified), expected = ours(), theirs()
     different = [i for i, (a, b) in enumerate(zip(tokens, expected, strict=True)) if a != b]
     for i in different[:3]:
         print(f"  answer {i} differs: ours {tokens[i]}, transformers {expected[i]}")
@@ -101,7 +101,7 @@ def compare(
         "case": case,
         "when": when,
         "probes": len(tokens),
-        "hits": proved / len(tokens),
+        "hits": verified / len(tokens),
         "ours_seconds": best[ours],
         "transformers_seconds": best[theirs],
         "ratio": best[theirs] / best[ours],
@@ -109,7 +109,7 @@ def compare(
     }
     print(
         f"{case}, {when} editing: {row['ratio']:.2f} x transformers' generate; {len(tokens)} probes, "
-        f"{100 * row['hits']:.0f} % proved by one pass; {len(different)} answers differ",
+        f"{100 * row['hits']:.0f} % verified by one pass; {len(different)} answers differ",
         flush=True,
     )
     return row
@@ -124,11 +124,11 @@ def torch_model(torch: Any, folder: str, device: str) -> Any:
     return model
 
 
-def put(torch: Any, model: Any, edits: dict[str, Any]) -> None:
+def put(torch: Any, model: Any, overrides: Mapping[str, Any]) -> None:
     """Edited tensors into the torch model."""
     named = dict(model.named_parameters())
     with torch.no_grad():
-        for name, value in edits.items():
+        for name, value in overrides.items():
             named[name].copy_(torch.tensor(np.array(value, np.float32)))
 
 
@@ -143,7 +143,8 @@ def demo_case(
     model = load_model(config.model_name_or_path, config.weights, ONE)
     data = read_requests(str(config.data_path), config.num_edits)
     free = [item for item in read_capability(config.capability_data) if not item.choices]
-    asked = prepare(model, make_probes(data.requests, sample, SEED), free[:sample])
+    probes = make_probes(data.requests, sample, SEED)
+    asked = make_questions(model.tokenizer, probes, free[:sample], model.spec)
     site = choose_site(model.spec, config)
     before = model.with_overrides({n: np.asarray(take_tensor(model.params, n)) for n in site})
     after = model.apply(load_delta(delta)) if delta else api.edit(model, data, config).edited
@@ -170,32 +171,34 @@ def demo_case(
         full = model.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return verdicts([until(a, official) for a in answers], full)
 
-    first = ask(before, before.overrides, asked, None, config.row_length)
+    first = ask(before, asked, None, config.row_length)
     rows = []
-    for when, now, guesses in (
-        ("before", before, asked.guesses),
-        ("after", after, later_guesses(asked, first)),
+    mode, budgets = config.activation_cache, agreed_budgets(config)
+    for when, now, drafts in (
+        ("before", before, asked.targets),
+        ("after", after, later_drafts(asked, first)),
     ):
 
-        def ours(when: str = when, now: Any = now, guesses: Any = guesses) -> Answered:
+        def ours(when: str = when, now: Model = now, drafts: Any = drafts) -> Answered:
             if when == "before":
-                caches[:] = [probe_cache(model, asked, layer, config, 0)]
-            answers = ask(now, now.overrides, asked, guesses, config.row_length, kept=caches[0])
-            return verdicts(answers.tokens, answers.full), answers.proved
+                caches[:] = [probe_cache(model, asked, layer, mode, 0, budgets)]
+            answers = ask(now, asked, drafts, config.row_length, cache=caches[0])
+            return verdicts(answers.tokens, answers.full), answers.verified
 
-        put(torch, reference, dict(now.overrides))
+        put(torch, reference, now.overrides)
         rows.append(compare("demo model" if folder is None else "model", when, ours, theirs, repeats))
     return rows
 
 
-def memorize(spec: Any, weights: Any, mesh: Any, corpus: Corpus, layer: int, epochs: int) -> dict[str, Any]:
+def memorize(model: Model, corpus: Corpus, layer: int, epochs: int) -> dict[str, Any]:
     """Edit the corpus into layer's `down_proj`. Random weights take a rate far above a real model's; in
     40 epochs of batches of 25 about 95 % of 100 edits are hit at the 135M shape."""
-    site = find_site(spec, ["model.layers.{}.mlp.down_proj.weight"], [layer])
-    source = cached_source(spec, weights, corpus, layer, "device", mesh, 128)
+    params, mesh = model.params, model.mesh
+    site = find_site(params.spec, ["model.layers.{}.mlp.down_proj.weight"], [layer])
+    source = cached_source(params, corpus, layer, "device", mesh, 128)
     schedule = Schedule(min(25, len(corpus)), epochs, SEED, "example", 128, Hyper(1e-2, 0.0, 0.0))
-    state = init_state(read_site(spec, weights, site, mesh))
-    done = run_pipeline(spec, weights, state, corpus, source, schedule, mesh)
+    state = init_state(read_site(params, site, mesh, {}))
+    done = train(Job(params, mesh, corpus, source, schedule), state)
     print(f"edited {len(corpus)}: loss {done.epoch_losses[0]:.2f} -> {done.epoch_losses[-1]:.3f}")
     return dict(done.state.theta)
 
@@ -213,16 +216,16 @@ def random_case(
         LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder)
         reference = torch_model(torch, folder, device)
         checkpoint, mesh = open_folder(folder), make_mesh(ONE, jax.devices()[:1])
-        weights = load_weights(checkpoint, mesh)
+        model = Model(Params(checkpoint.spec, load_weights(checkpoint, mesh)), mesh, None, checkpoint)
     spec = checkpoint.spec
     corpus = zsre_like(edits, spec.vocab_size, SEED)
     texts = [t.tolist() for t in np.split(corpus.tokens, corpus.offsets[1:-1])]
     prompts = [t[:s] for t, s in zip(texts, corpus.target_start, strict=True)]
-    guesses = [t[s:] for t, s in zip(texts, corpus.target_start, strict=True)]
+    drafts = [t[s:] for t, s in zip(texts, corpus.target_start, strict=True)]
     stop = np.zeros(spec.vocab_size, bool)
     stop[list(checkpoint.eos)] = True
-    edited = memorize(spec, weights, mesh, corpus, layer, epochs)
-    unedited = {n: take_tensor(Params(spec, weights), n) for n in edited}
+    edited = memorize(model, corpus, layer, epochs)
+    unedited = {n: take_tensor(model.params, n) for n in edited}
 
     caches: list[ProbeCache] = []
     rows = []
@@ -231,8 +234,8 @@ def random_case(
         def ours(when: str = when, now: Any = now) -> Answered:
             if when == "before":
                 caches[:] = [ProbeCache(layer, "device")]
-            reader = Reader(spec, weights, now, mesh)
-            return answer(reader, prompts, guesses, NEW_TOKENS, stop, kept=caches[0])
+            asked = Prompts(prompts, drafts, NEW_TOKENS, stop)
+            return answer(model.with_overrides(now), asked, cache=caches[0])
 
         def theirs() -> list[list[int]]:
             return torch_answers(torch, reference, prompts, stop, device)
@@ -270,7 +273,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         if args.small:
-            small = ["num_edits=20", "batch_size=20", "num_steps=20", "layer=2"]
+            small = ["num_edits=20", "batch_size=20", "num_epochs=20", "layer=2"]
             args = argparse.Namespace(**{**vars(args), "set": small, "sample": 12, "repeats": 1})
             args.model, args.edits, args.layer = str(tiny_model(Path(folder))), 20, 4
         if "demo" in args.cases:
