@@ -27,11 +27,10 @@ class CapabilityItem:
 def read_capability(paths: str | Sequence[str]) -> list[CapabilityItem]:
     """Read questions that have nothing to do with the edits, from one or several files or Hub sets.
 
-    Records: prompt (or question) and answer; instruction, input and answer (the choices are those
-    of its "Answer format: a/b/c"); or question, choices (a list, or lists of text and label) and
-    answer as an index from 0, a letter or label, or text. `task` is the record's, else the file's
-    name, else for train/validation/test files the folder's name. Raises UserError for
-    input that cannot be used.
+    Records: prompt (or question) and answer; instruction, input and answer (the choices are those of its
+    "Answer format: a/b/c"); or question, choices (a list, or lists of text and label) and answer as an index
+    from 0, a letter or label, or text. `task` is the record's, else the file's name, else for
+    train/validation/test files the folder's name. Raises UserError for input that cannot be used.
     """
     items: list[CapabilityItem] = []
     for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
@@ -80,9 +79,7 @@ def _choice_item(fields: dict[str, Any], task: str, where: str) -> CapabilityIte
     name, prompt = required(fields, ("question", "prompt"), "question", where)
     prompt = as_text(prompt, where, name, numbers=False)
     given = fields["choices"]
-    texts, labels = given, None
-    if isinstance(given, dict):
-        texts, labels = given.get("text"), given.get("label")
+    texts, labels = (given.get("text"), given.get("label")) if isinstance(given, dict) else (given, None)
     if not isinstance(texts, list) or len(texts) < 2:
         raise UserError(f"{where}: 'choices' must list at least two texts, or hold 'text' and 'label'")
     choices = [as_text(t, where, "choices") for t in texts]

@@ -1,8 +1,6 @@
-"""Raw records from any file (.json, .jsonl, .csv, each also .gz) or Hub set, and their values.
-
-A record or value that cannot be used is an error that names the file, the line or record (counted
-from 1), the field, and what would be right.
-"""
+"""Raw records from any file (.json, .jsonl, .csv, each also .gz) or Hub set, and their values. What cannot be
+used is an error that names the file, the line or record (counted from 1), the field, and what would be
+right."""
 
 import csv
 import gzip
@@ -23,15 +21,8 @@ PROMPT = ("prompt", "src", "update", "question", "text")
 ALIAS = ("str", "value", "text")  # an answer that is an object has its text under one of these
 
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
-KINDS = {
-    dict: "an object",
-    list: "a list",
-    str: "text",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    type(None): "null",
-}
+KINDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+KINDS |= dict.fromkeys((int, float), "a number")
 
 
 class Record(NamedTuple):
@@ -41,14 +32,9 @@ class Record(NamedTuple):
     value: Any
 
 
-# --- from files and Hub sets to records -----------------------------------------------------------
-
-
 def open_records(source: str) -> tuple[str, Iterator[Record]]:
-    """(sha256, the records one by one) of a file, here or at a URL, or a Hub set (`owner/name[:split]`).
-
-    The hash is of the file's bytes, or `digest` of a Hub set. Raises UserError, also while iterating.
-    """
+    """(sha256, the records one by one) of a file, here or at a URL, or a Hub set (`owner/name[:split]`). The
+    hash is of the file's bytes, or `digest` of a Hub set. Raises UserError, also while iterating."""
     readers = {".json": _json_records, ".jsonl": _jsonl_records, ".csv": _csv_records}
     kind = os.path.splitext(source.lower().removesuffix(".gz"))[1]
     if is_url(source) or os.path.isfile(source):
@@ -95,10 +81,8 @@ def _json_records(file: IO[bytes], path: str) -> Iterator[Record]:
         else:
             lists = [v for v in value.values() if isinstance(v, list)]
             if len(lists) != 1:
-                raise UserError(
-                    f"{path}: the top level is an object with {len(lists)} lists; it must be a "
-                    "list of records, or an object with exactly one list"
-                )
+                right = "it must be a list of records, or an object with exactly one list"
+                raise UserError(f"{path}: the top level is an object with {len(lists)} lists; {right}")
             value = lists[0]
     if not isinstance(value, list):
         wrong_type(path, "the top level", value, "a list of records")
@@ -127,15 +111,11 @@ def _csv_records(file: IO[bytes], path: str) -> Iterator[Record]:
                 header = [name.strip() for name in row]
                 known = set(header) & {*PROMPT, "instruction"}
                 if not known or len(set(header)) < len(header):
-                    raise UserError(
-                        f"{where}: the header is {show(','.join(header))}; the first line must "
-                        "name the columns, each once, such as prompt,target_new"
-                    )
+                    right = "the first line must name the columns, each once, such as prompt,target_new"
+                    raise UserError(f"{where}: the header is {show(','.join(header))}; {right}")
             elif len(row) > len(header):
-                raise UserError(
-                    f"{where}: {len(row)} cells, but the header has {len(header)}; put cells that "
-                    "hold a comma in double quotes"
-                )
+                remedy = "put cells that hold a comma in double quotes"
+                raise UserError(f"{where}: {len(row)} cells, but the header has {len(header)}; {remedy}")
             else:
                 yield Record(where, dict(zip(header, row, strict=False)))
     except csv.Error as error:
@@ -153,11 +133,9 @@ def _hub_records(source: str, name: str, split: str | None) -> tuple[str, Iterat
         sha256 = digest(records)
     except Exception as error:  # whatever the network, the Hub or its formats come up with
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        raise UserError(
-            f"{source}: no such file here, and could not be loaded from the Hub either ({reason})"
-        ) from None
-    where = enumerate(records, 1)
-    return sha256, (Record(f"{source}: record {n}", record) for n, record in where)
+        wrong = "no such file here, and could not be loaded from the Hub either"
+        raise UserError(f"{source}: {wrong} ({reason})") from None
+    return sha256, (Record(f"{source}: record {n}", record) for n, record in enumerate(records, 1))
 
 
 def digest(records: Iterable[Any]) -> str:
@@ -169,10 +147,8 @@ def digest(records: Iterable[Any]) -> str:
 
 
 def plain(value: Any, where: str, depth: int = 0) -> Any:
-    """A Python record with the types that JSON gives: mappings are dicts, tuples are lists.
-
-    Raises UserError for what JSON could not hold: endless nesting, numbers of thousands of digits.
-    """
+    """A Python record with the types that JSON gives: mappings are dicts, tuples are lists. Raises UserError
+    for what JSON could not hold: endless nesting, numbers of thousands of digits."""
     if depth > 50:
         raise UserError(f"{where}: nested too deeply; a record is flat, or nearly so")
     if isinstance(value, int) and value.bit_length() > 10_000:
@@ -185,9 +161,8 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
 def _decode(raw: bytes, where: str) -> str:
     try:
         return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        at = f"byte {error.start}"
-        raise UserError(f"{where}: not UTF-8 text ({at}); save the file as UTF-8") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{where}: not UTF-8 text (byte {e.start}); save the file as UTF-8") from None
 
 
 def _parse_json(text: str, where: str, right: str = "") -> Any:
@@ -207,9 +182,6 @@ def _parse_json(text: str, where: str, right: str = "") -> Any:
         raise UserError(f"{where}: not usable JSON: a number with too many digits{hint}") from None
 
 
-# --- single values --------------------------------------------------------------------------------
-
-
 def absent(value: Any) -> bool:
     """Null, blank, empty, or the NaN that table libraries write for a missing cell."""
     if isinstance(value, str):
@@ -225,10 +197,8 @@ def as_text(value: Any, where: str, field: str, numbers: bool = True) -> str:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise UserError(
-                f"{where}: {field!r} holds half a surrogate pair ({show(value)}); "
-                "it must be text that UTF-8 can encode"
-            ) from None
+            wrong = f"holds half a surrogate pair ({show(value)}); it must be text that UTF-8 can encode"
+            raise UserError(f"{where}: {field!r} {wrong}") from None
         return value
     if numbers and type(value) in (int, float) and (type(value) is int or math.isfinite(value)):
         return str(value)
@@ -244,12 +214,10 @@ def as_strings(value: Any, where: str, field: str) -> list[str]:
 def alias(value: Any, where: str, field: str) -> str | None:
     """An answer, or the first of its aliases, however deep they are nested; None if absent."""
     while value and isinstance(value, list | dict):
-        if isinstance(value, list):
-            value = value[0]
-        elif (key := next((k for k in ALIAS if k in value), None)) is not None:
-            value = value[key]
-        else:
+        key: Any = 0 if isinstance(value, list) else next((k for k in ALIAS if k in value), None)
+        if key is None:
             break
+        value = value[key]
     return None if absent(value) else as_text(value, where, field)
 
 

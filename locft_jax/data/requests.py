@@ -1,8 +1,8 @@
 """Edit requests from a file, a Hub set, or records in memory.
 
-A record's layout is detected from its fields: the tables below list the spellings in use, and small
-handlers read what is nested. Unknown fields are ignored. A record that cannot be used is an error
-that names the file, the line or record (counted from 1), the field, and what would be right.
+A record's layout is detected from its fields: the tables below list the spellings in use, and small handlers
+read what is nested. Unknown fields are ignored. A record that cannot be used is an error that names the file,
+the line or record (counted from 1), the field, and what would be right.
 """
 
 import os
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from locft_jax.config import Config
 from locft_jax.data.records import (
     PROMPT,
     Record,
@@ -78,18 +79,15 @@ class EditData:
 def read_requests(path_or_id: str, num_edits: int | None = None, on_conflict: str = "keep") -> EditData:
     """Read edits from a file, or from a Hub data set (`owner/name` or `owner/name:split`).
 
-    Layouts: ZsRE (MEND), CounterFact (flat, ROME's), WikiBigEdit, QAEdit, KnowEdit / EasyEdit,
-    MQuAKE (each rewrite is a request; the multi-hop questions go with a case's last one), and any
-    records with a prompt and a target. Prompts and targets are compared without the white space
-    around them, and kept as they are.
+    Layouts: ZsRE (MEND), CounterFact (flat, ROME's), WikiBigEdit, QAEdit, KnowEdit / EasyEdit, MQuAKE (each
+    rewrite is a request; the multi-hop questions go with a case's last one), and any records with a prompt
+    and a target. Prompts and targets are compared without the white space around them, and kept as they are.
 
-    `num_edits` takes the first so many requests that remain after duplicates were dropped (all, if
-    there are fewer); nothing beyond them is parsed. `on_conflict`, for prompts with several
-    targets: "keep" all, keep the "last" target only, or "error".
-
-    Raises UserError for input that cannot be used.
+    `num_edits` takes the first so many requests that remain after duplicates were dropped; nothing beyond
+    them is parsed. `on_conflict`, for prompts with several targets: "keep" all, keep the "last" target only,
+    or "error". Raises UserError for input that cannot be used.
     """
-    _check_options(num_edits, on_conflict)
+    Config(num_edits=num_edits, on_conflict=on_conflict)  # these must be valid
     source = os.fspath(path_or_id)
     sha256, records = open_records(source)
     parsed = (r for i, record in enumerate(records) for r in _requests(record, i))
@@ -106,7 +104,7 @@ def requests_from_records(
     An `EditRequest` is taken as it is. `source` is "records", `sha256` of all records as canonical
     JSON. Raises UserError for a record that cannot be used; it names `record N`, counted from 1.
     """
-    _check_options(num_edits, on_conflict)
+    Config(num_edits=num_edits, on_conflict=on_conflict)  # these must be valid
     if isinstance(records, Mapping | str):
         wrong_type("records", "the argument", records, "a list of records")
     values = [plain(record, f"record {n}") for n, record in enumerate(records, 1)]
@@ -116,34 +114,18 @@ def requests_from_records(
     return _edit_data(parsed, num_edits, on_conflict, "records", sha256)
 
 
-# --- from records to requests ---------------------------------------------------------------------
-
-
-def _check_options(num_edits: int | None, on_conflict: str) -> None:
-    if num_edits is not None and num_edits < 1:
-        raise UserError(f"num_edits is {num_edits}; it must be at least 1, or absent for all edits")
-    if on_conflict not in ("keep", "last", "error"):
-        raise UserError(f"on_conflict is {on_conflict!r}; it must be keep, last or error")
-
-
 def _edit_data(
-    parsed: Iterable[EditRequest],
-    num_edits: int | None,
-    on_conflict: str,
-    source: str,
-    sha256: str,
+    parsed: Iterable[EditRequest], num_edits: int | None, on_conflict: str, source: str, sha256: str
 ) -> EditData:
     requests, duplicates, conflicts = _collect(parsed, num_edits, on_conflict == "last")
     if not requests:
         raise UserError(f"{source}: no records; an edit needs a prompt and a target_new")
     if conflicts and on_conflict == "error":
-        first = list(conflicts.items())[:5]
-        listed = lambda t: ", ".join(map(show, t[:3])) + (", ..." if len(t) > 3 else "")  # noqa: E731
-        shown = "; ".join(f"{show(p)} -> {listed(t)}" for p, t in first)
-        more = "; ..." if len(conflicts) > len(first) else ""
+        few = lambda items, n: [*items[:n], *["..."] * (len(items) > n)]  # noqa: E731
+        lines = [f"{show(p)} -> {', '.join(few([*map(show, t)], 3))}" for p, t in conflicts.items()]
         raise UserError(
             f"{source}: prompts with several targets, which cannot all be met ({len(conflicts)}): "
-            f"{shown}{more}. Leave one of each, or set on_conflict to keep or last"
+            f"{'; '.join(few(lines, 5))}. Leave one of each, or set on_conflict to keep or last"
         )
     return EditData(requests, duplicates, conflicts, source, sha256)
 
@@ -207,24 +189,15 @@ def _request(case: str, fields: dict[str, Any], where: str) -> EditRequest:
     portability = _probes(fields, PORTABILITY, PORTABILITY_NESTED, where)
     if "personas" in fields:  # WikiBigEdit: the same question in somebody else's voice
         portability += [(p, target) for p in as_strings(fields["personas"], where, "personas")]
-    return EditRequest(
-        case=case,
-        prompt=prompt,
-        target_new=target,
-        subject=optional(fields, SUBJECT, where),
-        ground_truth=truth,
-        rephrases=tuple(dict.fromkeys(rephrases)),
-        locality=tuple(locality),
-        portability=tuple(portability),
-    )
+    subject, rephrases = optional(fields, SUBJECT, where), list(dict.fromkeys(rephrases))
+    probes = tuple(rephrases), tuple(locality), tuple(portability)
+    return EditRequest(case, prompt, target, subject, truth, *probes)
 
 
 def _flatten(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    """`requested_rewrite` (an object in ROME's CounterFact, a list in MQuAKE) -> flat records.
-
-    A rewrite is {prompt with {}, subject, target_new {str}, target_true {str}}; a flat record whose
-    target_new is such an object is one too.
-    """
+    """`requested_rewrite` (an object in ROME's CounterFact, a list in MQuAKE) -> flat records. A rewrite is
+    {prompt with {}, subject, target_new {str}, target_true {str}}; so is a flat record with such a
+    target_new."""
     rewrites = record.get("requested_rewrite")
     if rewrites is None:
         return [_fill(record, where)] if isinstance(record.get("target_new"), dict) else [record]
@@ -257,14 +230,8 @@ def _fill(rewrite: dict[str, Any], where: str) -> dict[str, Any]:
     return {**rewrite, "prompt": prompt, "target_new": target}
 
 
-# --- probes ---------------------------------------------------------------------------------------
-
-
 def _probes(
-    fields: dict[str, Any],
-    flat: Sequence[tuple[str, str]],
-    nested: Sequence[str],
-    where: str,
+    fields: dict[str, Any], flat: Sequence[tuple[str, str]], nested: Sequence[str], where: str
 ) -> list[Probe]:
     probes = [p for names in flat if names[0] in fields for p in _pairs(fields, names, where)]
     return probes + [p for n in nested if n in fields for p in _nested(fields[n], where, n)]
@@ -281,10 +248,8 @@ def _pairs(fields: dict[str, Any], names: tuple[str, str], where: str) -> list[P
         answers = [answers] * len(prompts)  # one answer for all prompts
     elif len(answers) != len(prompts):
         if len(prompts) != 1:
-            raise UserError(
-                f"{where}: {names[0]!r} has {len(prompts)} prompts and {names[1]!r} has "
-                f"{len(answers)} answers; there must be one for each"
-            )
+            counts = f"{names[0]!r} has {len(prompts)} prompts and {names[1]!r} has {len(answers)} answers"
+            raise UserError(f"{where}: {counts}; there must be one for each")
         answers = [answers]  # several names of one answer
     return [
         (as_text(p, where, names[0], numbers=False), alias(a, where, names[1]))

@@ -1,8 +1,5 @@
-"""Edits that arrive over time: those of an earlier run and new ones as one set to retrain on.
-
-Every run leaves its requests in `edits.jsonl`; a later run adds to them (method.md: streaming
-breadth-first). Each request keeps the number of the batch it arrived with.
-"""
+"""Edits that arrive over time: those of an earlier run and new ones as one set to retrain on (streaming
+breadth-first). Every run leaves its requests in `edits.jsonl`; each keeps the number of its arrival."""
 
 import dataclasses
 import hashlib
@@ -70,10 +67,8 @@ def read_earlier(folder: str | Path) -> Earlier:
         records = [record.value for record in open_records(source)[1]]
         batches = [int(record["batch"]) for record in records]
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(
-            f"--continue-from: {folder} holds no finished run (it needs report.json and edits.jsonl): "
-            f"{type(e).__name__} {e}"
-        ) from None
+        wrong = f"--continue-from: {folder} holds no finished run (it needs report.json and edits.jsonl)"
+        raise UserError(f"{wrong}: {type(e).__name__} {e}") from None
     requests = requests_from_records(records).requests
     if len(requests) != len(records) or min(batches, default=-1) < 0:
         raise UserError(f"--continue-from: {source} was changed: it must be as the run left it")
@@ -89,21 +84,15 @@ def extend(earlier: Earlier, new: EditData) -> EditData:
     made = {said(r) for r in earlier.requests}
     fresh = [dataclasses.replace(r, batch=batch) for r in new.requests if said(r) not in made]
     if not fresh:
-        raise UserError(
-            f"data_path: all {len(new.requests)} edits of {new.source} are in {earlier.folder} already; "
-            "give new ones"
-        )
+        wrong = f"all {len(new.requests)} edits of {new.source} are in {earlier.folder} already"
+        raise UserError(f"data_path: {wrong}; give new ones")
     prompts = {said(r)[0] for r in fresh}
     kept = [r for r in earlier.requests if said(r)[0] not in prompts]
     digest = hashlib.sha256(new.sha256.encode())
     for r in kept:
         digest.update(json.dumps(to_record(r), sort_keys=True).encode() + b"\n")
-    return dataclasses.replace(
-        new,
-        requests=[*kept, *fresh],
-        duplicates=new.duplicates + len(new.requests) - len(fresh),
-        sha256=digest.hexdigest(),
-    )
+    duplicates = new.duplicates + len(new.requests) - len(fresh)
+    return EditData([*kept, *fresh], duplicates, new.conflicts, new.source, digest.hexdigest())
 
 
 def streaming_report(earlier: Earlier, batches: Sequence[Mapping[str, Any]], start: str) -> dict[str, Any]:

@@ -367,9 +367,9 @@ def test_num_edits_counts_what_remains(read):
 
 
 def test_options_are_checked(read):
-    with pytest.raises(UserError, match="num_edits is 0"):
+    with pytest.raises(UserError, match="`num_edits: 0` is not valid"):
         read(MIXED[0], num_edits=0)
-    with pytest.raises(UserError, match="on_conflict is 'first'.*keep, last or error"):
+    with pytest.raises(UserError, match="on_conflict: first.*error, last, keep"):
         read(MIXED[0], on_conflict="first")
 
 
@@ -492,8 +492,8 @@ def test_bad_record_in_memory(case):
         ({"prompt": "A", "target_new": "x"}, {}, "an object; it must be a list of records"),
         ("edits.json", {}, "text; it must be a list of records"),
         ([3], {}, "record 1: the record is a number"),
-        (MIXED, {"num_edits": 0}, "num_edits is 0"),
-        (MIXED, {"on_conflict": "first"}, "keep, last or error"),
+        (MIXED, {"num_edits": 0}, "`num_edits: 0` is not valid"),
+        (MIXED, {"on_conflict": "first"}, "error, last, keep"),
     ],
 )
 def test_bad_arguments(records, options, says):
