@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import threading
@@ -149,3 +150,10 @@ def one_of_several(jobs: list[Any], place: list[str], stop_at: int | None, heart
                 command.carry_out(command.parse(arguments))
 
     return run_command(main, place)
+
+
+def script(path: Path, arguments: list[str]) -> int:
+    """A script of this repository."""
+    sys.argv = [str(path), *arguments]
+    runpy.run_path(str(path), run_name="__main__")
+    return 0

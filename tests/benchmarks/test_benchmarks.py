@@ -1,48 +1,59 @@
-"""Every benchmark's smoke run, as a user starts it: it ends well and its last line is its JSON."""
+"""Every benchmark's smoke run: it ends well and its last line is its JSON."""
 
 import json
-import os
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked import Forked, script
 
-ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 COMPARISON = {"case", "when", "probes", "hits", "ours_seconds", "transformers_seconds", "ratio", "different"}
 
 
-def last_line(*command: str, **changes: str) -> dict:
-    """The command's exit status must be 0; its last line parsed."""
-    # One device, one thread, code that compiles soon: a smoke run measures nothing, and shares the machine.
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", **changes}
-    env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT.parent, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture
+def small(tmp_path: Path) -> Callable[..., dict]:
+    """`small(name, *arguments)`: a smoke run in a process with one device, its last line parsed."""
+
+    def run(name: str, *arguments: str) -> dict:
+        process = Forked(tmp_path, script, BENCHMARKS / name, ["--small", *arguments], XLA_FLAGS="")
+        assert process.wait() == 0, process.said()[1][-3000:]
+        return json.loads(process.said()[0].splitlines()[-1])
+
+    return run
 
 
-def script(name: str, *arguments: str) -> dict:
-    return last_line(sys.executable, str(ROOT / "benchmarks" / name), "--small", *arguments)
+@pytest.fixture
+def here(torch, monkeypatch, capsys) -> Callable[..., dict]:
+    """The same in this process, which has torch."""
+
+    def run(name: str, *arguments: str) -> dict:
+        monkeypatch.setattr(sys, "argv", [name, *arguments, "--small"])
+        runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run
 
 
 @pytest.mark.parity
-def test_edit_speed(torch):
-    result = script("edit_speed.py")
+def test_edit_speed(here):
+    result = here("edit_speed.py")
     assert result["benchmark"] == "edit_speed"
     (row,) = result["rows"]
     assert row["ratio"] > 0 and row["loss_gap"] < 1e-3
 
 
-def test_edit_profile():
-    parts = script("edit_profile.py")["parts"]
+def test_edit_profile(small):
+    parts = small("edit_profile.py")["parts"]
     assert all(part["milliseconds"] > 0 for part in parts.values())
     assert sum(part["products"] is None for part in parts.values()) == 3
 
 
 @pytest.mark.parity
-def test_evaluation_speed(torch):
-    result = script("evaluation_speed.py")
+def test_evaluation_speed(here):
+    result = here("evaluation_speed.py")
     assert result["benchmark"] == "evaluation_speed"
     assert [row["when"] for row in result["rows"]] == ["before", "after"] * 2
     for row in result["rows"]:
@@ -52,9 +63,9 @@ def test_evaluation_speed(torch):
     assert all(row["hits"] > 0 for row in result["rows"][1::2])
 
 
-def test_many_edits(tmp_path):
+def test_many_edits(small, tmp_path):
     out = tmp_path / "result.json"
-    result = script("many_edits.py", "--out", str(out))
+    result = small("many_edits.py", "--out", str(out))
     assert json.loads(out.read_text()) == result
     assert result["benchmark"] == "many_edits"
     assert [row["edits"] for row in result["rows"]] == [50, 200]
@@ -66,17 +77,18 @@ def test_many_edits(tmp_path):
     assert result["off_linear"]["edit"] == pytest.approx(second / first / 4 - 1)
 
 
-def test_streaming():
-    result = script("streaming.py")
+def test_streaming(small):
+    result = small("streaming.py")
     assert result["benchmark"] == "streaming"
     assert [len(row) for row in result["curve"]] == [1, 2]
     assert all(0 <= rate <= 1 for row in result["curve"] for rate in row)
 
 
 @pytest.mark.parity
-def test_gpu_edit(torch):
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    result = last_line("bash", str(ROOT / "benchmarks" / "gpu.sh"), "--small", PATH=path)
+def test_gpu_edit(here, tmp_path):
+    """What gpu.sh runs one after another."""
+    for side in ("ours", "torch-bfloat16", "torch-float32", "summary"):
+        result = here("gpu_edit.py", side, "--results", str(tmp_path))
     assert result["benchmark"] == "gpu_edit"
     assert result["sides"].keys() == {"ours", "torch-bfloat16", "torch-float32"}
     for name, side in result["sides"].items():
@@ -86,8 +98,8 @@ def test_gpu_edit(torch):
     assert 0 < own["peak_share"] < 1 and own["losses"][1] < own["losses"][0]
 
 
-def test_preserve():
-    result = script("preserve.py", "--methods", "plain", "kl-facts", "--sequential")
+def test_preserve(small):
+    result = small("preserve.py", "--methods", "plain", "kl-facts", "--sequential")
     assert result["benchmark"] == "preserve"
     assert [row["method"] for row in result["rows"]] == ["plain", "kl-facts"]
     for row in result["rows"]:
@@ -95,8 +107,8 @@ def test_preserve():
         assert row["runs"][0]["seconds"] > 0 and 0 <= row["mean"]["lost"] <= 1
 
 
-def test_int8():
-    result = script("int8.py", "--set", "mesh={data: 1, model: 1}")
+def test_int8(small):
+    result = small("int8.py", "--set", "mesh={data: 1, model: 1}")
     assert result["benchmark"] == "int8"
     assert 0 < result["logits"]["rms_of_std"] < 0.1 and result["logits"]["same_arg_max"] > 0.9
     assert result["runs"].keys() == {"float", "int8", "int8 as it ran"}
@@ -105,8 +117,8 @@ def test_int8():
         assert far == (key in result["far"]), key
 
 
-def test_loading():
-    result = script("loading.py")
+def test_loading(small):
+    result = small("loading.py")
     assert result["benchmark"] == "loading" and 5e5 < result["weights"] < 2e6
     assert [row["cache"] for row in result["rows"]] == ["cold", "warm"]
     for row in result["rows"]:
@@ -114,20 +126,20 @@ def test_loading():
         assert 0 < row["beyond_weights_gib"] < 2  # a process that has imported jax, and little else
 
 
-def test_prefixed_probes():
-    result = script("prefixed_probes.py")
+def test_prefixed_probes(small):
+    result = small("prefixed_probes.py")
     assert [row["augment_prefixes"] for row in result["rows"]] == [0, 1]
     for row in result["rows"]:
         assert all(0 <= value <= 1 for value in row["mean"].values()) and len(row["mean"]) == 5
 
 
-def test_perplexity():
-    result = script("perplexity.py")
+def test_perplexity(small):
+    result = small("perplexity.py")
     (row,) = result["rows"]
     assert row["method"] == "plain" and row["mean"]["perplexity"] > result["before"] > 1
 
 
-def test_gpu_72b():
-    result = script("gpu_72b.py")
+def test_gpu_72b(small):
+    result = small("gpu_72b.py")
     assert result["layers"] == 3 and result["seconds_a_step"] > 0
     assert result["weights_gib"] > 0 and result["losses"][1] != result["losses"][0] > 1
