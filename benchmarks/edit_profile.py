@@ -9,7 +9,7 @@ matrix-product rate.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def pull(f: Callable[..., jax.Array], x: jax.Array) -> tuple[jax.Array, jax.Arra
     return y, back(y)[0]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print one line a part, then one JSON line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--targets", type=int, default=448, help="target positions (100 edits: about 400)")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, help="also write the JSON line here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     spec = llama_spec("tiny" if args.small else "135m")
     batch, length, of = (2, 64, 16) if args.small else (args.rows, 64, 16)
     tokens, targets = batch * length, 32 if args.small else args.targets
@@ -66,24 +66,30 @@ def main() -> None:
         scores = decoder.head(Params(spec, weights), x)
         return optax.softmax_cross_entropy_with_integer_labels(scores, labels)
 
-    mlp = 2 * tokens * 3 * spec.d_model * spec.d_ff
-    layer = 2 * tokens * sum(layer_parameters(spec))
-    head = 2 * targets * spec.d_model * spec.vocab_size
+    def mlp(x: jax.Array) -> jax.Array:
+        h = decoder.rms_norm(x, own["mlp_norm"], spec.rms_eps)
+        gate, up = decoder.project("gate", h, own), decoder.project("up", h, own)
+        return x + decoder.project("down", jax.nn.silu(gate) * up, own)
+
+    def layer(x: jax.Array) -> jax.Array:
+        return decoder.layer(spec, own, x, decoder.packed(rows, window))[0]
+
+    mlp_flops = 2 * tokens * 3 * spec.d_model * spec.d_ff
+    layer_flops = 2 * tokens * sum(layer_parameters(spec))
+    head_flops = 2 * targets * spec.d_model * spec.vocab_size
     parts: dict[str, tuple[Callable[[jax.Array], Any], jax.Array, int | None]] = {
-        "one product, forward (x W^T)": (lambda x: decoder.linear(x, own["gate"]), x, mlp // 3),
-        "MLP, forward": (lambda x: decoder.mlp(spec, own, x), x, mlp),
-        "MLP, forward and backward": (lambda x: pull(lambda x: decoder.mlp(spec, own, x), x), x, 2 * mlp),
+        "one product, forward (x W^T)": (lambda x: decoder.linear(x, own["gate"]), x, mlp_flops // 3),
+        "MLP, forward": (mlp, x, mlp_flops),
+        "MLP, forward and backward": (lambda x: pull(mlp, x), x, 2 * mlp_flops),
         "attention, forward": (attend, q, None),
         "attention, forward and backward": (lambda q: pull(attend, q), q, None),
         "rotary of the queries, forward": (
             lambda q: decoder.rotate(q, rows.positions, decoder.rope_frequencies(spec)), q, None,
         ),
-        "layer, forward": (lambda x: decoder.block(spec, own, x, rows, window)[0], x, layer),
-        "layer, forward and backward": (
-            lambda x: pull(lambda x: decoder.block(spec, own, x, rows, window)[0], x), x, 2 * layer,
-        ),
+        "layer, forward": (layer, x, layer_flops),
+        "layer, forward and backward": (lambda x: pull(layer, x), x, 2 * layer_flops),
         "head and loss, forward and backward": (
-            lambda x: pull(loss, x), x.reshape(tokens, -1)[:targets], 2 * head,
+            lambda x: pull(loss, x), x.reshape(tokens, -1)[:targets], 2 * head_flops,
         ),
     }  # fmt: skip
     rate = matmul_rate(spec, tokens)

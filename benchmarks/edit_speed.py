@@ -15,6 +15,7 @@ import dataclasses
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def our_loop(folder: str, corpus: Corpus, layer: int, batch: int, epochs: int) -
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print one table row a layer, then one JSON line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -120,7 +121,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--torch-epochs", type=int, default=3)
     parser.add_argument("--out", type=Path, help="also write the JSON line here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

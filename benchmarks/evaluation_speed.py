@@ -245,7 +245,7 @@ def random_case(
     return rows
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print one line a case, then one JSON line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: what JAX finds")
     parser.add_argument("--out", type=Path, help="also write the JSON line here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     import torch
 
     if args.device is not None:

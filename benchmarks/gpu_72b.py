@@ -15,6 +15,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,16 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # peak memory i
 
 import jax
 import jax.numpy as jnp
-from common import epoch_flops, finish, hardware, zsre_like
+from common import Steps, epoch_flops, finish, hardware, peak_gib, zsre_like
 
 from locft_jax.editing.site import find_site, parameters, read_site
 from locft_jax.editing.step import Hyper, init_state
-from locft_jax.editing.trainer import Schedule, StepRecord, run_pipeline, run_shape
+from locft_jax.editing.trainer import Job, Schedule, run_shape, train
 from locft_jax.model.activation_cache import cached_source
 from locft_jax.model.quantize import Quantized
 from locft_jax.model.sharding import make_mesh
 from locft_jax.model.spec import ModelSpec, parse_spec
-from locft_jax.model.weights import Weights, abstract_weights
+from locft_jax.model.weights import Params, Weights, abstract_weights
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "models" / "Qwen2.5-72B-Instruct.json"
 MODULE, BATCH, ROW = "model.layers.{}.mlp.down_proj.weight", 100, 128
@@ -54,13 +55,7 @@ def random_weights(spec: ModelSpec, seed: int = 0) -> Weights:
     return jax.block_until_ready(made)
 
 
-def peak_gib() -> float | None:
-    """Most device memory JAX has held so far, None where the backend keeps no count."""
-    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    return None if peak is None else peak / 2**30
-
-
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -69,45 +64,39 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=19)
     parser.add_argument("--small", action="store_true", help="a tiny shape, on whatever there is")
     parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     config = json.loads(CONFIG.read_text()) | {"num_hidden_layers": args.layers}
     if args.small:
         config |= SMALL | {"num_hidden_layers": 3}
         args.layer, args.steps = 1, 2
     spec, mesh = parse_spec(config), make_mesh({"data": 1, "model": 1}, jax.devices()[:1])
     begin = time.perf_counter()
-    weights = random_weights(spec)
+    params = Params(spec, random_weights(spec))
     print(f"weights made in {time.perf_counter() - begin:.0f} s", flush=True)
     corpus = zsre_like(BATCH * (args.steps + 2), spec.vocab_size)
     site = find_site(spec, [MODULE], [args.layer])
     schedule = Schedule(BATCH, 1, 0, "example", ROW, Hyper(5e-4, 0.0, 0.0))
     begin = time.perf_counter()
-    source = cached_source(spec, weights, corpus, args.layer, "device", mesh, ROW)
+    source = cached_source(params, corpus, args.layer, "device", mesh, ROW)
     jax.block_until_ready(source.values)
-    prefix = time.perf_counter() - begin
+    cache = time.perf_counter() - begin
     own = {n: 0.02 * jax.random.normal(jax.random.key(1), (spec.d_model, spec.d_ff)) for n in site}
-    state = init_state(read_site(spec, weights, site, mesh, own))
-    times, losses = [time.perf_counter()], list[float]()
-
-    def on_step(record: StepRecord) -> None:
-        times.append(time.perf_counter())
-        losses.append(record.loss)
-
+    state, steps = init_state(read_site(params, site, mesh, own)), Steps()
     shape = run_shape(corpus, schedule, mesh)
-    done = run_pipeline(spec, weights, state, corpus, source, schedule, mesh, on_step, shape)
-    step = statistics.median(b - a for a, b in zip(times[2:], times[3:], strict=False))
+    done = train(Job(params, mesh, corpus, source, schedule, shape=shape), state, hooks=[steps])
+    step = statistics.median(b - a for a, b in zip(steps.times[2:], steps.times[3:], strict=False))
     tuned = parameters(done.state.theta)
     flops = epoch_flops(spec, corpus, args.layer, tuned) / (args.steps + 2)
     result: dict[str, Any] = {
         "benchmark": "gpu_72b",
         "hardware": hardware(),
         "layers": args.layers if not args.small else 3,
-        "weights_gib": sum(a.nbytes for a in jax.tree.leaves(weights)) / 2**30,
+        "weights_gib": sum(a.nbytes for a in jax.tree.leaves(params.weights)) / 2**30,
         "seconds_a_step": step,
         "tflops": flops / step / 1e12,
-        "prefix_seconds": prefix,
+        "cache_seconds": cache,
         "peak_gib": peak_gib(),
-        "losses": [losses[0], losses[-1]],
+        "losses": [steps.losses[0], steps.losses[-1]],
         "shape": dataclasses.asdict(shape),
     }
     memory = "" if result["peak_gib"] is None else f", peak memory {result['peak_gib']:.1f} GiB"

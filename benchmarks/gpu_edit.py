@@ -5,17 +5,19 @@
 
 gpu.sh runs `gpu_edit.py SIDE --results DIR` for each side in a process of its own, then
 `gpu_edit.py summary`. Random weights are made on the device, edits are random tokens in ZsRE's
-lengths. Ours: frozen weights bfloat16, tuned matrix float32, prefix cache on the device; the whole
-run is timed, with prefix pass, without compilation (reported apart). torch: `edit_speed.torch_loop`
-(padded batches, all layers, all logits, every epoch) with all weights in bfloat16 or float32; a few
-epochs are timed, which all cost the same. The two sides' random weights differ, so their losses do
-too: that both loops compute the same thing is what edit_speed.py checks.
+lengths. Ours: frozen weights bfloat16, tuned matrix float32, activation cache on the device; the whole
+run is timed, with the pass that fills the cache, without compilation (reported apart). torch:
+`edit_speed.torch_loop` (padded batches, all layers, all logits, every epoch) with all weights in
+bfloat16 or float32; a few epochs are timed, which all cost the same. The two sides' random weights
+differ, so their losses do too: that both loops compute the same thing is what edit_speed.py checks.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,31 +30,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.common import epoch_flops, finish, hardware, llama_config, llama_spec, zsre_like
+from benchmarks.common import (
+    Steps,
+    epoch_flops,
+    finish,
+    hardware,
+    llama_config,
+    llama_spec,
+    peak_gib,
+    zsre_like,
+)
 from benchmarks.edit_speed import RATE, SEED, torch_loop
 from locft_jax.editing.site import find_site, parameters, read_site
 from locft_jax.editing.step import Hyper, init_state
-from locft_jax.editing.trainer import Schedule, run_pipeline, run_shape
+from locft_jax.editing.trainer import Job, Schedule, run_shape, train
 from locft_jax.model.activation_cache import cached_source
 from locft_jax.model.sharding import make_mesh
-from locft_jax.model.weights import init_weights
+from locft_jax.model.weights import Params, init_weights
 
 SIDES = ("ours", "torch-bfloat16", "torch-float32")
 MODULE = "model.layers.{}.mlp.down_proj.weight"
 
 
-def peak_gib() -> float | None:
-    """Most device memory JAX has held so far, None where the backend keeps no count."""
-    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    return None if peak is None else peak / 2**30
-
-
 def ours(args: argparse.Namespace) -> dict[str, Any]:
-    """Our loop: one epoch to compile, then the whole run from the prefix pass on."""
+    """Our loop: one epoch to compile, then the whole run from the pass that fills the cache on."""
     spec, mesh = llama_spec(args.shape), make_mesh({"data": 1, "model": 1}, jax.devices()[:1])
     # One program: the float32 numbers are rounded as they are made and never stored.
     weights = jax.jit(init_weights, static_argnums=(0, 2))(spec, jax.random.key(SEED), jnp.bfloat16)
-    jax.block_until_ready(weights)
+    params = Params(spec, jax.block_until_ready(weights))
     after_weights = peak_gib()
     corpus = zsre_like(args.edits, spec.vocab_size, SEED)
     site = find_site(spec, [MODULE], [args.layer])
@@ -61,33 +66,30 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     shape = run_shape(corpus, schedule, mesh)
 
     def run(epochs: int) -> tuple[list[float], float, float]:
-        """(loss of every step, seconds of the prefix pass, of everything)."""
-        losses: list[float] = []
-        state = init_state(read_site(spec, weights, site, mesh))
-        jax.block_until_ready(state)
+        """(loss of every step, seconds of the cache, of everything)."""
+        steps, state = Steps(), jax.block_until_ready(init_state(read_site(params, site, mesh, {})))
         begin = time.perf_counter()
-        source = cached_source(spec, weights, corpus, args.layer, "device", mesh, 128)
+        source = cached_source(params, corpus, args.layer, "device", mesh, 128)
         jax.block_until_ready(source.values)
-        prefix = time.perf_counter() - begin
-        short = Schedule(args.batch, epochs, SEED, "example", 128, schedule.hyper)
-        on_step = lambda record: losses.append(record.loss)  # noqa: E731
-        done = run_pipeline(spec, weights, state, corpus, source, short, mesh, on_step, shape)
+        cache = time.perf_counter() - begin
+        job = Job(params, mesh, corpus, source, dataclasses.replace(schedule, epochs=epochs), shape=shape)
+        done = train(job, state, hooks=[steps])
         jax.block_until_ready(done.state.theta)
-        return losses, prefix, time.perf_counter() - begin
+        return steps.losses, cache, time.perf_counter() - begin
 
     begin = time.perf_counter()
     run(1)
     first = time.perf_counter() - begin
-    losses, prefix, total = run(args.epochs)
-    tuned = parameters(read_site(spec, weights, site, mesh))
+    losses, cache, total = run(args.epochs)
+    tuned = parameters(read_site(params, site, mesh, {}))
     flops = args.epochs * epoch_flops(spec, corpus, args.layer, tuned)
     slots = shape.rows * shape.length * -(-args.edits // args.batch)
     return {
         "seconds_per_edit": total / args.edits,
-        "prefix_seconds": prefix,
-        "epoch_seconds": (total - prefix) / args.epochs,
-        "compile_seconds": max(0.0, first - prefix - (total - prefix) / args.epochs),
-        "tflops": flops / (total - prefix) / 1e12,
+        "cache_seconds": cache,
+        "epoch_seconds": (total - cache) / args.epochs,
+        "compile_seconds": max(0.0, first - cache - (total - cache) / args.epochs),
+        "tflops": flops / (total - cache) / 1e12,
         "slots_filled": int(corpus.read_lengths.sum()) / slots,
         "peak_gib": peak_gib(),
         "peak_gib_making_weights": after_weights,
@@ -154,7 +156,7 @@ def summary(args: argparse.Namespace) -> None:
     finish({"benchmark": "gpu_edit", "hardware": own["hardware"], **settings, "sides": sides}, args.out)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure one side, or put the sides' results together."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -170,7 +172,7 @@ def main() -> None:
     parser.add_argument("--torch-epochs", type=int, default=2)
     parser.add_argument("--peak-tflops", type=float, default=989, help="dense bfloat16 (default: H100, H200)")
     parser.add_argument("--out", type=Path, help="also write the JSON line here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.small:
         args.shape, args.layer, args.edits, args.batch, args.epochs = "tiny", 4, 40, 16, 3
         args.torch_epochs = 1

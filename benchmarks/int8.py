@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from locft_jax.model import decoder
 from locft_jax.model.model import Model
 
 NEAR = 0.02  # what counts as the same rate
-SMALL = ["num_edits=4", "num_steps=2", "eval_sample=3", "capability_data=[]"]
+SMALL = ["num_edits=4", "num_epochs=2", "eval_sample=3", "capability_data=[]"]
 
 
 def logit_error(exact: Model, int8: Model, corpus: Corpus, texts: int = 256) -> dict[str, float]:
@@ -53,7 +54,7 @@ def logit_error(exact: Model, int8: Model, corpus: Corpus, texts: int = 256) -> 
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--small", action="store_true", help="a smoke run of seconds")
     parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.small:
         args.seeds, args.set = args.seeds[:1], args.set + SMALL
     config = load_config(args.config, args.set)

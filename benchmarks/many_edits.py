@@ -39,8 +39,8 @@ RELATIONS = {
 # The command, with the device's peak memory (null where the backend keeps no count) as last line.
 CHILD = """
 import json, sys
-from locft_jax.commands import run_command
-from locft_jax.edit import main
+from locft_jax.cli.command import run_command
+from locft_jax.cli.edit import main
 status = run_command(main)
 if status == 0:
     import jax
@@ -84,7 +84,7 @@ def run(
             "model_name_or_path": model,
             "data_path": data,
             "num_edits": count,
-            "num_steps": epochs,
+            "num_epochs": epochs,
             "eval_sample": sample,
             "loss_floor": 0,  # every epoch is run and every step is made, whatever the model learns
         }
@@ -111,7 +111,7 @@ def run(
         "seconds": report["seconds"],
         "edit_seconds_per_1000": 1000 * report["seconds_per_edit"],
         "tokens_per_second": report["tokens_per_second"],
-        "prefix_cache": report["activation_cache"],
+        "activation_cache": report["activation_cache"],
         "peak_host_gib": usage.ru_maxrss * unit / 2**30,
         "peak_device_gib": None if device is None else device / 2**30,
         "reliability": report["after"]["reliability"],
@@ -131,7 +131,7 @@ def off_linear(rows: Sequence[dict[str, Any]]) -> dict[str, float] | None:
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print one line a count, then one JSON line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--eval-sample", type=int, default=2000, help="probes of each kind")
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="change the config")
     parser.add_argument("--out", type=Path, help="also write the JSON line here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         if args.small:

@@ -10,6 +10,7 @@ samples. Prints mean and spread (standard deviation), and one JSON line last.
 
 import argparse
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from locft_jax.data.packing import Corpus, corpus_from_lists
 from locft_jax.data.requests import read_requests
 from locft_jax.editing.regularizers.texts import sample_model
 from locft_jax.evaluation.verify import score_corpus
-from locft_jax.model.decode import Reader
 from locft_jax.model.model import Model
 
 FIGURES = ("reliability", "generalization", "locality_agreement", "perplexity", "steps", "seconds")
@@ -41,12 +41,11 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def perplexity(model: Model, corpus: Corpus) -> float:
     """exp of the mean negative log-likelihood of every token after the first."""
-    reader = Reader(model.spec, model.weights, model.overrides, model.mesh)
-    logs = [logprob for _, _, logprob in score_corpus(reader, corpus)]
+    logs = [logprob for _, _, logprob in score_corpus(model, corpus, 128)]
     return float(np.exp(-np.concatenate(logs).mean()))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -59,7 +58,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=512, help="sampled to measure perplexity")
     parser.add_argument("--small", action="store_true", help="a smoke run of seconds")
     parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     steps = 2 if args.small else 60
     if args.small:
         args.edits, args.seeds, args.texts, args.methods = 3, [0], 8, ["plain"]
@@ -72,8 +71,9 @@ def main() -> None:
     for name, lr in [(name, lr) for name in args.methods for lr in args.lr]:
         runs = []
         for seed in args.seeds:
-            config = Config(layer=2, rewrite_module="model.layers.{}", batch_size=25, num_steps=steps, lr=lr,
-                            row_length=128, seed=seed, eval_sample=500, **METHODS[name])  # fmt: skip
+            config = Config(layer=2, rewrite_module="model.layers.{}", batch_size=25, num_epochs=steps,
+                            learning_rate=lr, row_length=128, seed=seed, eval_sample=500,
+                            **METHODS[name])  # fmt: skip
             result = edit(model, data, config)
             report = result.report
             runs.append({
@@ -85,8 +85,8 @@ def main() -> None:
         mean = {key: statistics.mean(run[key] for run in runs) for key in FIGURES}
         spread = {key: statistics.pstdev(run[key] for run in runs) for key in FIGURES}
         rows.append({"method": name, "lr": lr, "runs": runs, "mean": mean, "spread": spread})
-        told = "  ".join(f"{key} {mean[key]:.3f} ± {spread[key]:.3f}" for key in FIGURES)
-        print(f"{name:14} lr {lr:g}  {told}", flush=True)
+        line = "  ".join(f"{key} {mean[key]:.3f} ± {spread[key]:.3f}" for key in FIGURES)
+        print(f"{name:14} lr {lr:g}  {line}", flush=True)
     result = {"benchmark": "perplexity", "hardware": hardware(), "edits": args.edits, "before": before}
     finish({**result, "rows": rows}, args.out)
 

@@ -10,6 +10,7 @@ and that no training saw. Prints a table, and one JSON line last.
 import argparse
 import dataclasses
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from locft_jax.editing.augment import written_prefixes
 FIGURES = ("reliability", "prefixed", "generalization", "locality_agreement", "capability")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--small", action="store_true", help="a smoke run of seconds")
     parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.small:
         args.prefixes, args.edits, args.seeds = [0, 1], 4, [0]
     model, skills = load_model(str(DEMO_FOLDER / "model")), read_capability(str(DEMO_FOLDER / "skills.jsonl"))
@@ -43,15 +44,15 @@ def main() -> None:
         runs = [one_run(model, skills, args.edits, count, seed, args.small) for seed in args.seeds]
         mean = {key: statistics.mean(run[key] for run in runs) for key in FIGURES}
         rows.append({"augment_prefixes": count, "runs": runs, "mean": mean})
-        told = "  ".join(f"{key} {100 * mean[key]:.1f}" for key in FIGURES)
-        print(f"{count} texts an edit  {told}", flush=True)
+        line = "  ".join(f"{key} {100 * mean[key]:.1f}" for key in FIGURES)
+        print(f"{count} texts an edit  {line}", flush=True)
     result = {"benchmark": "prefixed_probes", "hardware": hardware(), "edits": args.edits, "rows": rows}
     finish(result, args.out)
 
 
 def one_run(model: Any, skills: Any, edits: int, count: int, seed: int, small: bool) -> dict[str, float]:
     """Figures 0-1 of one edit of the demo model; `prefixed`: of the edits' prompts after an unseen text."""
-    config = Config(layer=6, lr=2e-3, batch_size=200, num_steps=2 if small else 200, seed=seed,
+    config = Config(layer=6, learning_rate=2e-3, batch_size=200, num_epochs=2 if small else 200, seed=seed,
                     augment_prefixes=count)  # fmt: skip
     seen = set(written_prefixes(model, config))
     other = dataclasses.replace(config, augment_prefixes=5, seed=1000 + seed)

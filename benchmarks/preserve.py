@@ -32,55 +32,32 @@ from locft_jax.demo.world import Fact, World, make_edits, make_world, prompts
 FIGURES = ("reliability", "generalization", "lost", "capability", "steps", "seconds")
 KEPT = "KEPT"  # stands for the file of facts that may be retained
 METHODS: dict[str, dict[str, Any]] = {
-    "plain-one-layer": {"lr": 5e-4, "layer": 6},
-    "plain-slowest": {"lr": 1.45e-4},
-    "plain-slow": {"lr": 1.6e-4},
-    "plain": {"lr": 2e-4},
-    "plain-fast": {"lr": 3e-4},
+    "plain-one-layer": dict(learning_rate=5e-4, layer=6),
+    "plain-slowest": dict(learning_rate=1.45e-4),
+    "plain-slow": dict(learning_rate=1.6e-4),
+    "plain": dict(learning_rate=2e-4),
+    "plain-fast": dict(learning_rate=3e-4),
     # Sources that show no retained fact, but those that the model says by itself.
-    "soft-model": {"lr": 3.7e-4, "preserve": "soft", "preserve_data": "model"},
-    "soft-model-fast": {
-        "lr": 1e-3,
-        "preserve": "soft",
-        "preserve_strength": 30.0,
-        "preserve_data": "model",
-    },
-    "null-model": {"lr": 2e-4, "preserve": "null", "preserve_data": "model"},
-    "kfac-model": {"lr": 1e-3, "preserve": "kfac", "preserve_strength": 3.0, "preserve_data": "model"},
-    "kl-model": {"lr": 2.2e-4, "preserve_kl": 3.0, "preserve_data": "model"},
-    "soft-kl-model": {
-        "lr": 6.5e-4,
-        "preserve": "soft",
-        "preserve_strength": 30.0,
-        "preserve_kl": 1.0,
-        "preserve_data": "model",
-    },
-    "soft-templates": {
-        "lr": 8e-4,
-        "preserve": "soft",
-        "preserve_strength": 30.0,
-        "preserve_data": "templates",
-    },
+    "soft-model": dict(learning_rate=3.7e-4, preserve="soft", preserve_data="model"),
+    "soft-model-fast": dict(learning_rate=1e-3, preserve="soft", preserve_strength=30.0,
+                            preserve_data="model"),
+    "null-model": dict(learning_rate=2e-4, preserve="null", preserve_data="model"),
+    "kfac-model": dict(learning_rate=1e-3, preserve="kfac", preserve_strength=3.0, preserve_data="model"),
+    "kl-model": dict(learning_rate=2.2e-4, preserve_kl=3.0, preserve_data="model"),
+    "soft-kl-model": dict(learning_rate=6.5e-4, preserve="soft", preserve_strength=30.0, preserve_kl=1.0,
+                          preserve_data="model"),
+    "soft-templates": dict(learning_rate=8e-4, preserve="soft", preserve_strength=30.0,
+                           preserve_data="templates"),
     # Other facts than those asked.
-    "soft-facts": {"lr": 6.5e-4, "preserve": "soft", "preserve_strength": 100.0, "preserve_data": KEPT},
+    "soft-facts": dict(learning_rate=6.5e-4, preserve="soft", preserve_strength=100.0, preserve_data=KEPT),
     # The same facts' prompts alone: what is to stay is what follows them.
-    "soft-prompts": {
-        "lr": 6e-4,
-        "preserve": "soft",
-        "preserve_strength": 3.0,
-        "preserve_tokens": "last",
-        "preserve_data": KEPT,
-    },
-    "kl-facts": {"lr": 2e-4, "preserve_kl": 3.0, "preserve_data": KEPT},
-    "soft-kl-facts": {
-        "lr": 6.5e-4,
-        "preserve": "soft",
-        "preserve_strength": 100.0,
-        "preserve_kl": 3.0,
-        "preserve_data": KEPT,
-    },
-}
-SAME = {"layer": (6, 7), "batch_size": 200, "num_steps": 400, "loss_average": "token", "loss_floor": 3e-3,
+    "soft-prompts": dict(learning_rate=6e-4, preserve="soft", preserve_strength=3.0, preserve_tokens="last",
+                         preserve_data=KEPT),
+    "kl-facts": dict(learning_rate=2e-4, preserve_kl=3.0, preserve_data=KEPT),
+    "soft-kl-facts": dict(learning_rate=6.5e-4, preserve="soft", preserve_strength=100.0, preserve_kl=3.0,
+                          preserve_data=KEPT),
+}  # fmt: skip
+SAME = {"layer": (6, 7), "batch_size": 200, "num_epochs": 400, "loss_average": "token", "loss_floor": 3e-3,
         "augment_rephrases": 1, "evaluate": False}  # fmt: skip
 
 
@@ -140,7 +117,7 @@ def of_plain(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return found
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -150,7 +127,7 @@ def main() -> None:
     parser.add_argument("--sequential", action="store_true", help="10 batches of 50 edits")
     parser.add_argument("--small", action="store_true", help="a smoke run of seconds")
     parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     world, model = make_world(), load_model(str(DEMO_FOLDER / "model"))
     skills = read_capability(str(DEMO_FOLDER / "skills.jsonl"))
     count, size = (500, 50) if args.sequential else (200, 200)
@@ -163,7 +140,7 @@ def main() -> None:
         for seed in args.seeds:
             requests, kept = edits_and_kept(world, count, seed, args.probes)
             batches = [requests[i : i + size] for i in range(0, count, size)]
-            settings = SAME | METHODS[name] | {"seed": seed} | ({"num_steps": 2} if args.small else {})
+            settings = SAME | METHODS[name] | {"seed": seed} | ({"num_epochs": 2} if args.small else {})
             figures = run(model, batches, [(p, f.answer) for f in kept for p in prompts(f)], skills, settings)
             runs.append({k: figures[k] for k in FIGURES})
             print(
@@ -173,8 +150,8 @@ def main() -> None:
         row["mean"] = {k: statistics.mean(r[k] for r in runs) for k in FIGURES}
         row["spread"] = {k: statistics.pstdev(r[k] for r in runs) for k in FIGURES}
         rows.append(row)
-        told = "  ".join(f"{k} {row['mean'][k]:.3f} ± {row['spread'][k]:.3f}" for k in FIGURES)
-        print(f"{name:16} mean    {told}", flush=True)
+        line = "  ".join(f"{k} {row['mean'][k]:.3f} ± {row['spread'][k]:.3f}" for k in FIGURES)
+        print(f"{name:16} mean    {line}", flush=True)
     shares = of_plain(rows)
     for name, share in shares.items():
         print(f"{name:16} loses {share:.0%} of plain's at the same generalization")

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def stream(batches: int, size: int, start: str, place: Path, more: list[str]) ->
     return reports
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -43,8 +44,8 @@ def main() -> None:
     parser.add_argument("--start-from", choices=("base", "last"), default="base")
     parser.add_argument("--small", action="store_true", help="a smoke run of seconds")
     parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
-    args = parser.parse_args()
-    more = ["num_steps=2", "evaluate=true"] if args.small else []
+    args = parser.parse_args(argv)
+    more = ["num_epochs=2", "evaluate=true"] if args.small else []
     batches, size = (2, 3) if args.small else (args.batches, args.size)
     with tempfile.TemporaryDirectory() as place:
         reports = stream(batches, size, args.start_from, Path(place), more)
