@@ -26,8 +26,8 @@ os.environ.update(
 )
 for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):
     os.environ.pop(name, None)
-# Compilation is most of the time of a test that edits: all workers and subprocesses share what is compiled, and
-# so does the next run on this machine. Remove the folder for a cold run.
+# Compilation is most of the time of a test that edits: all workers and subprocesses share what is compiled,
+# and so does the next run on this machine. Remove the folder for a cold run.
 COMPILED = Path(tempfile.gettempdir()) / f"locft-jax-compiled-{os.getuid()}-jax-{version('jax')}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
 os.environ |= {
