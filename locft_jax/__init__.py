@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from locft_jax.version import __version__
 
-__all__ = ["__version__", "CausalLM", "Config", "UserError", "apply_delta", "edit", "evaluate", "load_model"]
+__all__ = ["CausalLM", "Config", "UserError", "__version__", "apply_delta", "edit", "evaluate", "load_model"]
 
 if TYPE_CHECKING:
     from locft_jax.api import apply_delta, edit, evaluate

@@ -28,8 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.usage = "locft [--help] [--version] COMMAND ..."
     parser.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog)
     parser.epilog = "\n".join(
-        ["commands:", *(f"  {name:{width}}  {what}" for name, what in COMMANDS.items())]
-        + ["", "locft COMMAND --help says more."]
+        [
+            "commands:",
+            *(f"  {name:{width}}  {what}" for name, what in COMMANDS.items()),
+            "",
+            "locft COMMAND --help says more.",
+        ]
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     return run(parser.parse_args(argv[:1]).command, argv[1:])

@@ -229,6 +229,7 @@ def _first(fields: dict[str, Any], names: Sequence[str]) -> tuple[str, Any]:
 
 
 def required(fields: dict[str, Any], names: Sequence[str], what: str, where: str) -> tuple[str, Any]:
+    """(name, value) of the first of these fields that is there. Raises UserError where none is."""
     name, value = _first(fields, names)
     if value is None:
         found = ", ".join(show(n) for n in list(fields)[:12]) or "none"
@@ -237,6 +238,7 @@ def required(fields: dict[str, Any], names: Sequence[str], what: str, where: str
 
 
 def optional(fields: dict[str, Any], names: Sequence[str], where: str) -> str | None:
+    """The text of the first of these fields that is there."""
     name, value = _first(fields, names)
     return alias(value, where, name)
 
@@ -247,5 +249,6 @@ def show(value: Any) -> str:
 
 
 def wrong_type(where: str, what: str, value: Any, right: str) -> NoReturn:
+    """Raise the UserError for a value of another type."""
     kind = KINDS.get(type(value), type(value).__name__)
     raise UserError(f"{where}: {what} is {kind}; it must be {right}")

@@ -62,7 +62,7 @@ def read_earlier(folder: str | Path) -> Earlier:
     try:
         with open_file(f"{folder}/report.json") as file:
             report = json.loads(file.read())
-        report["after"]["reliability"], report["config"]["seed"]  # noqa: B018 (what is used of it)
+        report["after"]["reliability"], report["config"]["seed"]
         source = f"{folder}/edits.jsonl"
         records = [record.value for record in open_records(source)[1]]
         batches = [int(record["batch"]) for record in records]

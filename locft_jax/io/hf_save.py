@@ -24,7 +24,7 @@ def save_hf(
     folder: HFFolder,
     edited: Tensors,
     out: Path | remote.Remote,
-    other: Mapping[str, bytes | None] = {},  # noqa: B006 (never written to)
+    other: Mapping[str, bytes | None] = {},
 ) -> None:
     """Write the edited model to `out`: whole or not at all, in place of what is there. `other`: small files
     that are not to be the base's: {name: bytes, or None to leave it out}.

@@ -65,6 +65,7 @@ def make_card(name: str, report: Mapping[str, Any], delta: Delta, figures: Seque
     Args:
         name: the base model's Hub id, or the name of its folder.
         report: the fields of report.json, rates 0-1 or None.
+        delta: what was edited.
         figures: the rates to list, (key, meaning).
     """
     tensors = sorted(delta.new)

@@ -271,7 +271,8 @@ def sample(
     """Token sequences from the model itself at temperature 1.
 
     Args:
-        params, mesh: the model.
+        params: of the model.
+        mesh: on which it is.
         start: the token that every sequence begins with.
         stop: [V] bool, the tokens that end a sequence; the one that does is part of it.
         seed: of the draws.

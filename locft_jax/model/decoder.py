@@ -9,6 +9,7 @@ never a second copy of the weights.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -179,7 +180,7 @@ def fold_layers(params: Params, body: Body, carry: Any, start: int, stop: int) -
     stacked, dtype = stacks(params.weights), params.dtype
     own = split_overrides(params.spec, params.overrides)[1]
     cuts = sorted({start, stop, *(l for e in own if start <= e < stop for l in (e, e + 1))})
-    for first, end in zip(cuts, cuts[1:], strict=False):
+    for first, end in itertools.pairwise(cuts):
         if end - first == 1:
             w = jax.tree.map(lambda a, l=first: a[l], stacked)
             carry = body(w | {k: a.astype(dtype) for k, a in own.get(first, {}).items()}, first, carry)

@@ -131,7 +131,7 @@ def whole_width(x: jax.Array) -> jax.Array:
 
 def for_keys(x: jax.Array, heads: int) -> jax.Array:
     """x [..., D] as the key and value matrices of so many heads want it (`tensor_spec`): whole, or split
-    where heads are too few. (Left to itself the compiler gathers the matrices, which are larger.)"""
+    where heads are too few. Left to itself the compiler gathers the matrices, which are larger."""
     few = heads % jax.typeof(x).sharding.mesh.shape.get("model", 1)
     return split_width(x) if few else whole_width(x)
 

@@ -125,7 +125,7 @@ def side_shardings(mesh: Mesh, spec: ModelSpec, name: str) -> tuple[NamedShardin
     sharding; of a `LowRank` its basis, by its rows."""
     row, _ = locate_tensor(spec, name)
     rows, columns, *_ = *tensor_spec(mesh, spec, row, False), None, None
-    out, inner = row.shape
+    inner = row.shape[1]
     return (
         NamedSharding(mesh, P(columns, None) if inner > moments.EXACT else P(None, columns)),
         NamedSharding(mesh, P(rows, None)),

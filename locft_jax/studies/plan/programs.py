@@ -94,7 +94,7 @@ def chip_bytes(tree: Any) -> int:
 
 def unread(weights: Weights, *keys: str) -> int:
     """Bytes on one device of weights that a program does not read: `jax.jit` leaves them out of its
-    arguments. (Tied, the embedding is the head too.)"""
+    arguments. Tied, the embedding is the head too."""
     return chip_bytes([weights[k] for k in keys if k in weights and (k != "embed" or "head" in weights)])
 
 
