@@ -35,6 +35,8 @@ from locft_jax.studies.plan.programs import (
     placed,
     product_flops,
     programs,
+    retain_batch,
+    sides,
     tuned,
 )
 from locft_jax.studies.plan.report import verdict
@@ -175,7 +177,7 @@ def test_meshes_are_the_configs_own_then_by_memory(tiny):
     assert found[0].mesh == {"data": 1, "model": 8} and len(found) == 4
     totals = [o.total for o in found[1:]]
     assert totals == sorted(totals)
-    own = dataclasses.replace(case, config=dataclasses.replace(case.config, mesh={"data": 4, "model": 2}))
+    own = with_settings(case, mesh={"data": 4, "model": 2})
     assert meshes(own, parse_topology("v5e-8"))[0].mesh == {"data": 4, "model": 2}
     small = parse_topology("v5e-8", found[1].total * 1.1 / GIB)  # the config's own does not fit
     assert meshes(own, small)[0].mesh == found[1].mesh
@@ -205,37 +207,42 @@ def test_the_arrays_of_a_plan_are_those_of_a_run(tiny, tiny_model_dir, int8):
 
 def test_an_edit_is_four_programs(tiny):
     case, mesh = tiny[0], make_mesh({"data": 2, "model": 4})
-    names = lambda **changes: [  # noqa: E731
-        p.name
-        for p in programs(
-            dataclasses.replace(case, config=dataclasses.replace(case.config, **changes)), mesh, 2**40
-        )
-    ]
+    names = lambda **changes: [p.name for p in programs(with_settings(case, **changes), mesh, 2**40)]  # noqa: E731
     assert names() == ["train step", "cache pass", "evaluation pass", "decoding step"]
     assert names(activation_cache="off", evaluate=False) == ["train step"]
 
 
-def test_what_preserving_holds_is_counted(tiny):
-    """P_in [in, in] and P_out [out, out], and a batch of retained texts."""
-    case, mesh = tiny[0], make_mesh({"data": 2, "model": 4})
-    changes = [{}, {"preserve": "soft"}, {"preserve": "kfac"}, {"preserve_kl": 1.0}]
-    configs = [dataclasses.replace(case.config, **own) for own in changes]
-    steps = [programs(dataclasses.replace(case, config=config), mesh, 2**40)[0] for config in configs]
-    plain, soft, kfac, kl = map(compiled, steps)
-    spec = case.spec
-    assert case.site == ("model.layers.1.mlp.down_proj.weight",)
-    assert soft.held - plain.held == spec.d_ff**2 * 4 // 4  # its columns are split
-    assert kfac.held - soft.held == spec.d_model**2 * 4  # its rows are not
-    assert kl.held > plain.held and kl.program.weights == plain.program.weights
+def with_settings(case, **changes):
+    return dataclasses.replace(case, config=dataclasses.replace(case.config, **changes))
 
 
-def test_a_compiled_program_is_measured(tiny):
-    case, mesh = tiny[0], make_mesh({"data": 1, "model": 8})
-    step = programs(case, mesh, 2**40)[0]
-    usage = compiled(step)
-    cache = case.tokens * case.spec.d_model * 4 // 8
+@pytest.fixture(scope="module")
+def compiled_step(tiny):
+    """(the plain training step on 2 x 4 devices, what it takes)."""
+    step = programs(tiny[0], make_mesh({"data": 2, "model": 4}), 2**40)[0]
+    return step, compiled(step)
+
+
+def test_a_compiled_program_is_measured(tiny, compiled_step):
+    case, (step, usage) = tiny[0], compiled_step
+    cache = case.tokens * case.spec.d_model * 4 // 4
     assert usage.temporaries > 0 and usage.held >= cache
     assert usage.total == step.weights + step.tuned + usage.held + usage.temporaries
+
+
+def test_what_preserving_holds_is_counted(tiny, compiled_step):
+    """P_in [in, in] and P_out [out, out], and a batch of retained texts."""
+    case, mesh, spec = tiny[0], make_mesh({"data": 2, "model": 4}), tiny[0].spec
+    assert case.site == ("model.layers.1.mlp.down_proj.weight",)
+    inner, outer = spec.d_ff**2 * 4 // 4, spec.d_model**2 * 4  # its columns are split, its rows are not
+    assert chip_bytes(sides(with_settings(case, preserve="soft"), mesh)) == inner
+    kfac = compiled(programs(with_settings(case, preserve="kfac"), mesh, 2**40)[0])
+    assert kfac.held - compiled_step[1].held == inner + outer
+    kl = with_settings(case, preserve_kl=1.0)
+    assert retain_batch(case, mesh, 1, "device") is None and chip_bytes(retain_batch(kl, mesh, 1, "device"))
+    step = programs(kl, mesh, 2**40)[0]
+    assert product_flops(step.trace().jaxpr.jaxpr) > 1.5 * compiled_step[1].flops
+    assert step.weights == compiled_step[0].weights
 
 
 def test_what_a_compiler_says_that_ran_out(tiny):

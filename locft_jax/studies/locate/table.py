@@ -7,7 +7,6 @@ checkpoint/compiled/     compiled programs (compiled.py)
 """
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,7 +19,7 @@ from locft_jax import distributed
 from locft_jax.editing.checkpointer import open_folder, resumable
 from locft_jax.evaluation.probes import Answers
 from locft_jax.evaluation.report import plain
-from locft_jax.io.atomic import append_jsonl, kept_jsonl, write_whole_json
+from locft_jax.io.atomic import append_jsonl, kept_jsonl, read_json, write_whole_json
 from locft_jax.io.outputs import saved_something
 from locft_jax.run_identity import check_same
 from locft_jax.studies.locate.places import Place
@@ -54,12 +53,9 @@ class Table:
 
     def before(self) -> Answers | None:
         """What `keep_before` kept, or None."""
-        found = None
-        with suppress(OSError, ValueError, TypeError):
-            if distributed.first():
-                found = json.loads((self.folder / "before.json").read_text(encoding="utf-8"))
-        found = distributed.from_first(found)
-        with suppress(TypeError):
+        path = self.folder / "before.json"
+        found = distributed.from_first(read_json(path) if distributed.first() else None)
+        with suppress(TypeError):  # there are none, or they are of version 0.1
             return Answers(**found)
         return None
 
@@ -67,14 +63,12 @@ class Table:
     def kept(self) -> Iterator[None]:
         """Around a run: SIGTERM and Ctrl-C say how to go on; a run that has saved nothing leaves nothing."""
 
-        def left() -> str | None:
-            return f"the {len(self.lines)} sites measured" if saved_something(self.folder) else None
-
+        saved = lambda: saved_something(self.folder)  # noqa: E731
         try:
-            with resumable(self.folder, left):
+            with resumable(self.folder, lambda: f"the {len(self.lines)} sites measured" if saved() else None):
                 yield
         finally:
-            if distributed.first() and self.folder.exists() and not saved_something(self.folder):
+            if distributed.first() and self.folder.exists() and not saved():
                 shutil.rmtree(self.folder, ignore_errors=True)
                 with suppress(OSError):
                     self.folder.parent.rmdir()  # only if it is empty
@@ -84,25 +78,21 @@ def open_table(out: Path, run: Mapping[str, Any], resume: bool) -> Table:
     """The table of a run in `out`: its lines so far if it is to `resume`, else none. Raises UserError naming
     what differs when they are another run's."""
     folder = open_folder(out, run, resume)
-    lines: Sequence[Line] = []
     if distributed.first():
         folder.mkdir(parents=True, exist_ok=True)
-        lines = kept_jsonl(folder / "sites.jsonl")
         write_whole_json(folder / "run.json", run)
     distributed.agree(last=True)
+    lines = kept_jsonl(folder / "sites.jsonl") if distributed.first() else []
     return Table(folder, distributed.from_first(lines))
 
 
 def finished(out: Path, run: Mapping[str, Any]) -> bool:
     """Whether `out` holds this run's results and nothing to go on from. Raises UserError where the results
     are those of another run."""
-    if saved_something(out / "checkpoint"):
+    found = read_json(out / "sites.json")
+    if saved_something(out / "checkpoint") or not isinstance(found, dict) or "run" not in found:
         return False
-    try:
-        found = json.loads((out / "sites.json").read_text(encoding="utf-8"))["run"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    check_same(found, run, out)
+    check_same(found["run"], run, out)
     return True
 
 
@@ -116,8 +106,9 @@ def write_results(
     lines = sorted(lines, key=lambda line: (line["layer"], names.index(line["module"])))
     top = recommend(lines, facts["before"])
     result = {**facts, "recommendation": top, "sites": lines, "run": dict(run)}
-    rows = [{**line, **{f"seconds_{k}": v for k, v in line["seconds"].items()}} for line in lines]
-    write_table(folder, "sites", result, [{k: v for k, v in r.items() if k != "seconds"} for r in rows])
+    seconds = [{f"seconds_{k}": v for k, v in line["seconds"].items()} for line in lines]
+    plain_lines = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    write_table(folder, "sites", result, [a | b for a, b in zip(plain_lines, seconds, strict=True)])
     title = f"{facts['edits']} edits in {Path(str(facts['model'])).name}"
     figures.save(figures.draw_curves(lines, facts["before"], title), folder / "curves.png")
     heat = figures.draw_heat_maps(lines, (top["layer"], top["module"]), f"{title}; framed: the site to use")

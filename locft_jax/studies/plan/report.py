@@ -1,7 +1,7 @@
 """What a plan says: tables for people, a record for programs."""
 
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +17,7 @@ def as_report(
     case: Case, outcome: Outcome | None, other: Outcome | None, notes: Sequence[str]
 ) -> dict[str, Any]:
     """The whole plan for `--json`; `other`: the smallest topology that fits, None where none does."""
+    installed = {d.metadata["Name"]: d.version for d in distributions()}
     return {
         "model": case.config.model_name_or_path,
         "weights": "int8" if case.int8 else str(case.dtype),
@@ -28,15 +29,8 @@ def as_report(
         "notes": list(notes),
         "plan": None if outcome is None else _outcome_record(outcome),
         "smallest_that_fits": None if other is None else _outcome_record(other),
-        "versions": {name: _version(name) for name in ("locft-jax", "jax", "jaxlib", "libtpu")},
+        "versions": {name: installed.get(name) for name in ("locft-jax", "jax", "jaxlib", "libtpu")},
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _gib(size: float | None) -> float | None:
@@ -96,20 +90,14 @@ def print_plan(case: Case, outcome: Outcome | None, other: Outcome | None, conso
         sizes = {key: text(size) for key, size in _sizes(outcome, u).items()}
         rows.append({"program": u.program.name if u else "train step", **sizes})
     print_table("GiB a chip" if outcome.usages else "GiB a chip, by arithmetic", rows, console)
-    if outcome.usages:
-        print_table("one call", [_work(outcome, u) for u in outcome.usages], console)
+    calls = []
+    for u in outcome.usages:
+        least = f"{1000 * (u.at_least(topology) or 0):.1f} ms"  # with every chip at its peak rate
+        work = {"program": u.program.name, "TFLOP": f"{u.flops / 1e12:.1f}", "at least": least}
+        calls.append({**work, "compiled": f"{u.seconds:.0f} s"})
+    if calls:
+        print_table("one call", calls, console)
     console.print(verdict(outcome, other))
-
-
-def _work(outcome: Outcome, usage: Usage) -> dict[str, str]:
-    """`at least`: with every chip at its peak rate."""
-    least = usage.at_least(outcome.topology)
-    return {
-        "program": usage.program.name,
-        "TFLOP": f"{usage.flops / 1e12:.1f}",
-        "at least": "-" if least is None else f"{1000 * least:.1f} ms",
-        "compiled": f"{usage.seconds:.0f} s",
-    }
 
 
 def verdict(outcome: Outcome, other: Outcome | None) -> str:
