@@ -4,7 +4,7 @@ Anything wrong is a `UserError` that names the place, the line and the column.
 """
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -68,7 +68,7 @@ class _Loader(yaml.SafeLoader):
     needs no anchors, aliases, tags or depth: they are refused, and so are keys that appear twice.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (never written to)
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:

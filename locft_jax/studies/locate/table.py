@@ -62,7 +62,6 @@ class Table:
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Around a run: SIGTERM and Ctrl-C say how to go on; a run that has saved nothing leaves nothing."""
-
         saved = lambda: saved_something(self.folder)  # noqa: E731
         try:
             with resumable(self.folder, lambda: f"the {len(self.lines)} sites measured" if saved() else None):
