@@ -92,7 +92,7 @@ def carry_out(args: argparse.Namespace) -> None:
     print_report(report, result.predictions, console)
     if model.int8 and config.evaluate:
         console.print(plain(f"note: {int8_note(str(store or out), config)}"))
-    written = {n.split("/")[0] for n in store.all_names()} if store else {p.name for p in out.iterdir()}
+    written = {n.split("/")[0] for n in store.names(deep=True)} if store else {p.name for p in out.iterdir()}
     console.print(plain(f"written to {store or out}/: " + ", ".join(sorted(written))))
 
 

@@ -30,7 +30,7 @@ from locft_jax import distributed
 from locft_jax.editing.hooks import Hook, StepRecord
 from locft_jax.editing.step import EditState
 from locft_jax.errors import reason
-from locft_jax.io.atomic import read_json, write_whole_json
+from locft_jax.io.atomic import read_json, write_json
 from locft_jax.io.outputs import KEPT, saved_something, saved_steps
 from locft_jax.logs import log
 from locft_jax.model.sharding import fetch, place
@@ -62,7 +62,7 @@ class Checkpointer(Hook):
         import orbax.checkpoint as ocp
 
         (self.folder / "steps").mkdir(parents=True, exist_ok=True)
-        write_whole_json(self.folder / "run.json", self.run)
+        write_json(self.folder / "run.json", self.run)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=KEPT,
             cleanup_tmp_directories=True,
@@ -209,12 +209,12 @@ class Checkpointer(Hook):
     def keep_before(self, value: Any) -> None:
         """Keep the answers before the edit (plain JSON)."""
         if self.manager:
-            write_whole_json(self.folder / "before.json", value)
+            write_json(self.folder / "before.json", value)
 
     def keep_dynamics(self, value: Any) -> None:
         """Keep what was measured during the edit (plain JSON)."""
         if self.manager:
-            write_whole_json(self.folder / "dynamics.json", value)
+            write_json(self.folder / "dynamics.json", value)
 
     def kept_dynamics(self) -> Any:
         """What `keep_dynamics` kept, or None."""

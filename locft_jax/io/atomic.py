@@ -19,9 +19,6 @@ from locft_jax.io.remote import Remote, in_parallel
 PART = ".locft-part"
 
 
-# ---------------------------------------------------------------- JSON
-
-
 def read_json(path: Path) -> Any:
     """What a JSON file holds; None where there is none, or one that cannot be read."""
     try:
@@ -30,9 +27,10 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Readable JSON, keys in the given order."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_json(out: Path, value: Any) -> None:
+    """A file of readable JSON, keys in the given order, that appears whole or not at all."""
+    with whole_file(out) as part:
+        part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_jsonl(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -50,8 +48,7 @@ def append_jsonl(path: Path, line: Mapping[str, Any]) -> None:
 
 
 def kept_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The lines that `append_jsonl` left, [] where there is no file; the one that was being written when the
-    process was killed is dropped."""
+    """The lines that `append_jsonl` left; without the one that was being written when the process died."""
     lines = []
     if path.exists():
         for text in path.read_text(encoding="utf-8").splitlines():
@@ -60,15 +57,6 @@ def kept_jsonl(path: Path) -> list[dict[str, Any]]:
         with whole_file(path) as part:
             write_jsonl(part, lines)
     return lines
-
-
-def write_whole_json(out: Path, value: Any) -> None:
-    """A JSON file that appears whole or not at all."""
-    with whole_file(out) as part:
-        write_json(part, value)
-
-
-# ---------------------------------------------------------------- files and folders here
 
 
 def sync(path: Path) -> None:
@@ -97,8 +85,7 @@ def whole_file(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `out` by renaming when the block ends well; on any error what was there
-    stays as it was. A process that dies meanwhile leaves names to `recover`."""
+    """As `whole_file`, a folder to fill. A process that dies meanwhile leaves names to `recover`."""
     out = out.resolve()
     part, old = beside(out)
     shutil.rmtree(part, ignore_errors=True)
@@ -137,9 +124,6 @@ def beside(out: Path) -> tuple[Path, Path]:
     return out.with_name(f".{out.name}.locft-part"), out.with_name(f".{out.name}.locft-old")
 
 
-# ---------------------------------------------------------------- prefixes of an object store
-
-
 @contextmanager
 def prefix(store: Remote, proof: str) -> Iterator[None]:
     """Around what writes to `store`, in place of what is there, and the file `proof` last. On any error
@@ -147,7 +131,7 @@ def prefix(store: Remote, proof: str) -> Iterator[None]:
     try:
         (store / PART).write(b"")
         (store / proof).remove()
-        in_parallel(lambda name: (store / name).remove(), set(store.all_names()) - {PART})
+        in_parallel(lambda name: (store / name).remove(), set(store.names(deep=True)) - {PART})
         yield
         (store / PART).remove()
     except BaseException:
@@ -157,8 +141,8 @@ def prefix(store: Remote, proof: str) -> Iterator[None]:
 
 @contextmanager
 def whole_prefix(store: Remote, part: Path, proof: str = "report.json") -> Iterator[Path]:
-    """A local folder (`part`) to fill, which is uploaded to `store` when the block ends well; the block may
-    also write there itself. As `prefix`."""
+    """As `prefix`, a local folder (`part`) to fill, which is uploaded when the block ends well; the block
+    may also write to `store` itself."""
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:

@@ -67,9 +67,6 @@ def assemble(
     return Delta(dict(new), dict(base), {**own, **given})
 
 
-# ---------------------------------------------------------------- files
-
-
 def save_delta(delta: Delta, path: Path) -> None:
     """Write `delta.safetensors`: NAME (new) and base::NAME (old) for every edited tensor.
 
@@ -118,32 +115,29 @@ def _load_delta(path: Path) -> Delta:
     return delta
 
 
-def _is_row(row: object) -> bool:
-    return (
-        isinstance(row, list)
-        and [type(v) for v in row] == [str, str, list]
-        and all(type(n) is int and n >= 0 for n in row[2])
-    )
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and value.encode(errors="replace").decode() == value
+def _list_of(kind: type, value: object) -> bool:
+    return isinstance(value, list) and all(type(v) is kind for v in value)
 
 
 METADATA: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "tensors": ("a list of [name, dtype, shape]", lambda v: isinstance(v, list) and all(map(_is_row, v))),
+    "tensors": (
+        "a list of [name, dtype, shape]",
+        lambda v: _list_of(list, v) and all(_list_of(str, [n, d]) and _list_of(int, s) for n, d, s in v),
+    ),
     "edits": ("a whole number", lambda v: type(v) is int and v >= 0),
-    "cards": ("a list of texts", lambda v: isinstance(v, list) and all(map(_is_text, v))),
+    "cards": ("a list of texts", lambda v: _list_of(str, v)),
     "config": ("an object", lambda v: isinstance(v, dict)),
     "versions": ("an object", lambda v: isinstance(v, dict)),
-    "parents": ("a list of objects", lambda v: isinstance(v, list) and all(type(p) is dict for p in v)),
+    "parents": ("a list of objects", lambda v: _list_of(dict, v)),
 }
 
 
 def _check_metadata(path: Path, delta: Delta) -> None:
     for key, (what, valid) in METADATA.items():
         try:
-            fine = key not in delta.metadata or valid(json.loads(delta.metadata[key]))
+            value = json.loads(delta.metadata.get(key, "null"))
+            json.dumps(value, ensure_ascii=False).encode()  # no half of a surrogate pair
+            fine = key not in delta.metadata or valid(value)
         except (ValueError, RecursionError):
             fine = False
         if not fine:
@@ -156,9 +150,6 @@ def _check_metadata(path: Path, delta: Delta) -> None:
         raise UserError(f"{path}: its fingerprint is not that of the base tensors in it; the file is damaged")
     if delta.metadata.get("result") not in (None, fingerprint(layout, delta.new)):
         raise UserError(f"{path}: the edited tensors are not those that were saved; the file is damaged")
-
-
-# ---------------------------------------------------------------- does it fit?
 
 
 def check_delta(folder: HFFolder, delta: Delta, *, edited: bool = False) -> None:

@@ -114,9 +114,6 @@ def _layout(delta: Delta, number: int) -> Layout:
     return layout
 
 
-# ---------------------------------------------------------------- how much
-
-
 @dataclasses.dataclass(frozen=True)
 class Change:
     """What a delta does to one tensor. Norms are Frobenius norms."""

@@ -63,10 +63,7 @@ class HFFolder:
 
 
 def find_model(path_or_id: str) -> Path:
-    """A local folder, or a Hub id that is downloaded (safetensors, JSON and tokenizer files only).
-
-    Raises UserError when there is neither.
-    """
+    """A local folder, or a Hub id that is downloaded (HUB_PATTERNS only). Raises UserError for neither."""
     folder = Path(os.path.expanduser(path_or_id))
     if os.path.isdir(folder):  # unlike Path's own, never an error
         return folder
@@ -77,18 +74,13 @@ def find_model(path_or_id: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(path_or_id, allow_patterns=HUB_PATTERNS))
     except Exception as e:  # the hub client raises dozens of kinds; each means the same to the user
-        raise UserError(
-            f"model_name_or_path: {path_or_id!r} is no folder here and could not be fetched "
-            f"from the Hub either: {reason(e)}"
-        ) from None
+        wrong = "is no folder here and could not be fetched from the Hub either"
+        raise UserError(f"model_name_or_path: {path_or_id!r} {wrong}: {reason(e)}") from None
 
 
 def open_folder(path_or_id: str) -> HFFolder:
-    """Read config and safetensors headers of a model folder, Hub id or URL; check every tensor's name, shape
-    and dtype.
-
-    Raises UserError listing all that is missing or misshapen; no weights are read.
-    """
+    """Read config and safetensors headers of a model folder, Hub id or URL. Raises UserError listing all
+    tensors that are missing, misshapen or of another dtype."""
     name = Path(path_or_id).name
     if not remote.is_url(path_or_id):
         folder = find_model(path_or_id)
@@ -138,11 +130,8 @@ def _open(folder: Path, name: str, store: remote.Remote | None, sizes: Mapping[s
 def _mismatches(spec: ModelSpec, tensors: Mapping[str, TensorInfo]) -> list[str]:
     """What differs between these tensors and those that the model needs, a line per tensor."""
     missing = []
-    wrong = [
-        f"{name} has dtype {info.dtype}, which this program cannot copy"
-        for name, info in tensors.items()
-        if info.dtype not in SIZES
-    ]
+    odd = [(name, info.dtype) for name, info in tensors.items() if info.dtype not in SIZES]
+    wrong = [f"{name} has dtype {dtype}, which this program cannot copy" for name, dtype in odd]
     for row in weight_table(spec).values():
         for name in row.names():
             info = tensors.get(name)
@@ -157,10 +146,7 @@ def _mismatches(spec: ModelSpec, tensors: Mapping[str, TensorInfo]) -> list[str]
 
 def weight_files(folder: Path, present: Collection[str]) -> list[str]:
     """Names of the safetensors files among all that are `present`: those of the index, else
-    `model.safetensors`, else all.
-
-    Raises UserError when there are none, or when the index is malformed or names another folder.
-    """
+    `model.safetensors`, else all. Raises UserError for none and for a malformed index."""
     index = folder / "model.safetensors.index.json"
     if index.name in present:
         names = read_config(index).get("weight_map")

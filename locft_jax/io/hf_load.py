@@ -107,18 +107,16 @@ def load_tokenizer(folder: HFFolder) -> Any:
     """The folder's fast tokenizer. Raises UserError when there is none."""
     from transformers import AutoTokenizer
 
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if not any((folder.path / n).exists() for n in names):
+    if not any((folder.path / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"{folder.source}: no tokenizer (tokenizer.json) in this model folder")
+    where = str(folder.path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder.path), trust_remote_code=False, local_files_only=True
-        )
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=True)
         tokenizer("a")  # some settings are only looked at here
     except BaseException as e:  # any failure means unusable files
         if not (isinstance(e, Exception) or is_panic(e)):
             raise
-        reason = " ".join(str(e).replace(str(folder.path), str(folder.source)).split())[:200]
+        reason = " ".join(str(e).replace(where, str(folder.source)).split())[:200]
         raise UserError(f"{folder.source}: the tokenizer cannot be loaded ({reason})") from None
     if not tokenizer.is_fast:
         raise UserError(f"{folder.source}: no fast tokenizer (tokenizer.json) in this model folder")
@@ -126,11 +124,8 @@ def load_tokenizer(folder: HFFolder) -> Any:
 
 
 def load_model(path_or_id: str, weights: str = "checkpoint", mesh: Mapping[str, int] | None = None) -> Model:
-    """Open, check and load a model folder or Hub id. `weights`: the frozen weights' dtype
-    (`checkpoint`, `float32`, `bfloat16`, `int8`); `mesh`: {data, model} sizes.
-
-    Raises UserError for anything that is wrong with the folder, before weights are read.
-    """
+    """Open, check and load a model folder, Hub id or URL. `weights`: the frozen weights' dtype (`checkpoint`,
+    `float32`, `bfloat16`, `int8`); `mesh`: {data, model} sizes. Raises UserError for what is wrong."""
     folder = open_folder(path_or_id)
     return load_opened(folder, load_tokenizer(folder), make_mesh(mesh), weights)
 
@@ -143,8 +138,7 @@ def load_opened(folder: HFFolder, tokenizer: Any, mesh: Mesh, weights: str = "ch
 
 
 def frozen_dtype(folder: HFFolder, weights: str) -> np.dtype:
-    """numpy dtype of the activations and frozen weights for the key `weights`; with `int8`, of the
-    activations and norms."""
+    """dtype of the activations and frozen weights for the key `weights`; with `int8`, of what is not int8."""
     given: dict[str, DTypeLike] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
     return np.dtype(given.get(weights, folder.dtype))
 
@@ -152,12 +146,8 @@ def frozen_dtype(folder: HFFolder, weights: str) -> np.dtype:
 def check_finite(folder: HFFolder, weights: Weights) -> None:
     """Raise UserError naming the tensors that hold NaN or infinity (one pass over the weights)."""
     finite = jax.tree.map(fetch, _finite(folder.spec, weights))
-    bad = [
-        name
-        for key, row in weight_table(folder.spec).items()
-        for name, good in zip(row.names(), np.atleast_1d(finite[key]), strict=True)
-        if not good
-    ]
+    names = {key: np.array(row.names()) for key, row in weight_table(folder.spec).items()}
+    bad = [str(name) for key in names for name in names[key][~np.atleast_1d(finite[key])]]
     wrong = f"NaN or infinity (as {weights['norm'].dtype}) in these tensors"
     refuse(f"{folder.source}: {wrong}; fetch or make the model again", bad, most=15)
 

@@ -48,9 +48,8 @@ Editing, arXiv 2509.22072). Every other tensor has the base model's bytes.
 {figures}
 
 Greedy answers of at most 32 tokens, normalized and compared with the expected ones; the run's \
-`predictions.jsonl` has them all.
-
-The run's `delta.safetensors` holds the edited tensors, new and old. It makes the base model of this one:
+`predictions.jsonl` has them all. Its `delta.safetensors` holds the edited tensors, new and old, and makes \
+the base model of this one:
 
 ```
 python -m locft_jax.delta revert delta.safetensors --model EDITED_FOLDER --out BASE_FOLDER
@@ -68,9 +67,9 @@ def make_card(name: str, report: Mapping[str, Any], delta: Delta, figures: Seque
         delta: what was edited.
         figures: the rates to list, (key, meaning).
     """
-    tensors = sorted(delta.new)
+    tensors, config = sorted(delta.new), report["config"]
     more = f" and {len(tensors) - SHOWN} more" if len(tensors) > SHOWN else ""
-    settings = {key: report["config"][key] for key in KEYS if report["config"].get(key) is not None}
+    settings = [code(f"{key}={json.dumps(config[key])}") for key in KEYS if config.get(key) is not None]
     facts = {
         "base model": code(name),
         "its fingerprint": f"{code(delta.metadata['fingerprint'])} (names, dtypes and shapes of all tensors, "
@@ -81,7 +80,7 @@ def make_card(name: str, report: Mapping[str, Any], delta: Delta, figures: Seque
         "method": f"LocFT-BF: {code(report['method'])}, pipeline {code(report['pipeline'])}, "
         f"{report['epochs_run']:,} epochs, {report['steps_run']:,} steps, "
         f"stopped by {code(report['stopped'])}",
-        "settings": ", ".join(code(f"{key}={json.dumps(value)}") for key, value in settings.items()),
+        "settings": ", ".join(settings),
         "made by": f"locft-jax {__version__}",
     }
     if report["conflicts"]:
@@ -112,10 +111,8 @@ def _front_matter(name: str, report: Mapping[str, Any], figures: Sequence[tuple[
 
 
 def _rate(figures: Mapping[str, float | None], key: str) -> str:
-    if key not in figures:
-        return "-"
-    value = figures[key]
-    return "not measured" if value is None else f"{100 * value:.1f} %"
+    value = figures.get(key)
+    return f"{100 * value:.1f} %" if value is not None else "not measured" if key in figures else "-"
 
 
 def _plain(text: str) -> str:
@@ -138,14 +135,10 @@ def model_name(folder: HFFolder, path_or_id: str) -> str:
     return folder.name if folder.name not in ("", "..") else folder.path.resolve().name
 
 
-# ---------------------------------------------------------------- in and out of README.md
-
-
 def readme(folder: Path, cards: Sequence[str], revert: bool = False) -> dict[str, bytes | None]:
     """What README.md of a model folder becomes when the edits of these cards are made, or reverted:
     {name: bytes, or None for no such file}; {} where it stays as it is."""
-    path = folder / README
-    before = text = path.read_bytes() if path.is_file() else None
+    before = text = (folder / README).read_bytes() if (folder / README).is_file() else None
     for card in reversed(cards) if revert else cards:
         text = without_card(text, card) if revert else with_card(text, card)
     return {} if text == before else {README: text}
@@ -161,16 +154,14 @@ def with_card(text: bytes | None, card: str) -> bytes:
 
 def without_card(text: bytes | None, card: str) -> bytes | None:
     """`with_card` undone, also where other cards follow; a text without this card stays as it is."""
-    if text is None:
-        return None
     mark, front, body = _parts(card)
-    for found, left in ((ALONE + body + BELOW, ALONE), (ALONE + body, ALONE), (BELOW + body, b"")):
-        before, there, after = text.rpartition(found)
-        if there:
-            text = before + left + after
+    left = text or b""
+    for own, rest in ((ALONE + body + BELOW, ALONE), (ALONE + body, ALONE), (BELOW + body, b"")):
+        if own in left:
+            left = rest.join(left.rsplit(own, 1))
             break
-    text = _without_front_matter(text, mark, front)
-    return None if text == NEW else text
+    left = _without_front_matter(left, mark, front)
+    return None if text is None or left == NEW else left
 
 
 def _parts(card: str) -> tuple[bytes, bytes, bytes]:

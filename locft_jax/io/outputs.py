@@ -12,7 +12,7 @@ from pathlib import Path
 from locft_jax.errors import UserError
 from locft_jax.io.atomic import PART, beside, read_json, recover, whole_file, whole_folder, whole_prefix
 from locft_jax.io.hf_folder import HFFolder
-from locft_jax.io.remote import Remote, failures, is_url, open_remote
+from locft_jax.io.remote import Remote, failures, is_url, open_path, open_remote
 from locft_jax.model.memory import as_text
 
 KEPT = 2  # checkpoints at a time
@@ -58,9 +58,6 @@ def result_file(out: str | Path) -> Iterator[Path]:
         open_remote(str(out)).upload(Path(folder) / "file")
 
 
-# ---------------------------------------------------------------- checked before any work
-
-
 def check_out(out: Path, overwrite: bool, resume: bool = False, proof: str = "report.json") -> None:
     """Refuse a folder that holds something or cannot be made. `overwrite` allows one that holds results (the
     file `proof`), `resume` a run's results or checkpoint: nothing else is ever deleted. What a killed export
@@ -74,13 +71,11 @@ def check_out(out: Path, overwrite: bool, resume: bool = False, proof: str = "re
     names = {p.name for p in out.iterdir()} if there == out else set()
     interrupted = saved_something(out / "checkpoint")
     if names - {"checkpoint"} or interrupted:
-        if interrupted and not (overwrite or resume):
-            raise UserError(
-                f"--out: {out} holds a run that was interrupted; add --resume to go on with it, "
-                "--overwrite to begin anew, or choose another folder"
-            )
         if not (overwrite or resume):
-            raise UserError(f"--out: {out} already exists; choose another folder, or add --overwrite")
+            what = "already exists; choose another folder, or add --overwrite"
+            if interrupted:
+                what = "holds a run that was interrupted; add --resume, or --overwrite to begin anew"
+            raise UserError(f"--out: {out} {what}")
         if names - {"checkpoint"} and proof not in names:
             flag = "--resume" if resume else "--overwrite"
             raise UserError(f"{flag}: {out} holds no results (no {proof}); choose another folder")
@@ -92,7 +87,7 @@ def check_prefix(store: Remote, overwrite: bool, resume: bool = False, proof: st
     `overwrite` and `resume` allow one that holds results (the file `proof`) or half of them."""
     if "/" not in store.url.partition("://")[2]:
         raise UserError(f"--out: {store} is a whole bucket; name a prefix in it, such as {store}/runs/mine")
-    names = set(store.all_names())
+    names = set(store.names(deep=True))
     if names and not (overwrite or resume):
         half = "the half-written results of an interrupted run" if PART in names else "files"
         raise UserError(f"--out: {store} holds {half} already; choose another prefix, or add --overwrite")
@@ -108,37 +103,35 @@ def check_prefix(store: Remote, overwrite: bool, resume: bool = False, proof: st
 def check_model_out(out: str | Path, overwrite: bool, source: Path | Remote) -> None:
     """`check_out` for a model folder or URL that is made of the one at `source`, which must outlive it; a
     folder with others in it is no model folder that was written here."""
-    store = open_remote(str(out)) if is_url(out) else None
-    if store:
-        own = f"{source}/".startswith(f"{store}/")
+    target = open_path(out)
+    if isinstance(target, Remote):
+        own = f"{source}/".startswith(f"{target}/")
     else:
-        own = isinstance(source, Path) and source.resolve().is_relative_to(Path(out).resolve())
+        own = isinstance(source, Path) and source.resolve().is_relative_to(target.resolve())
     if own:
         raise UserError(f"--out: {out} would replace the model it is made of; choose another place")
-    if store:
-        check_prefix(store, overwrite, proof="config.json")
-        inner = [name for name in store.all_names() if "/" in name]
+    if isinstance(target, Remote):
+        check_prefix(target, overwrite, proof="config.json")
+        inner = [name for name in target.names(deep=True) if "/" in name]
     else:
-        check_out(Path(out), overwrite, proof="config.json")
-        inner = sorted(p.name for p in Path(out).iterdir() if p.is_dir()) if Path(out).exists() else []
+        check_out(target, overwrite, proof="config.json")
+        inner = sorted(p.name for p in target.glob("*/"))
     if inner:
         raise UserError(f"--overwrite: {out} holds folders ({inner[0]}), not only a model; choose another")
 
 
 def check_file(out: str | Path, overwrite: bool) -> None:
     """Refuse a result file, here or at a URL, that exists already or cannot be written."""
-    store = open_remote(str(out)) if is_url(out) else None
-    if not store:
-        _look(Path(out))
-        if Path(out).is_dir():
+    file = open_path(out)
+    if isinstance(file, Path):
+        _look(file)
+        if file.is_dir():
             raise UserError(f"--out: {out} is a folder; name a file in it, such as {out}/figures.json")
-    if (store or Path(out)).exists() and not overwrite:
+        if not file.resolve().parent.is_dir():
+            raise UserError(f"--out: there is no folder {file.resolve().parent}; make it first")
+        _check_writable(file.resolve().parent)
+    if file.exists() and not overwrite:
         raise UserError(f"--out: {out} already exists; choose another file, or add --overwrite")
-    if not store:
-        folder = Path(out).resolve().parent
-        if not folder.is_dir():
-            raise UserError(f"--out: there is no folder {folder}; make it first")
-        _check_writable(folder)
 
 
 def check_space(
@@ -181,14 +174,10 @@ def _check_writable(folder: Path) -> None:
         raise UserError(f"--out: {folder} cannot be written; choose another folder")
 
 
-# ---------------------------------------------------------------- what a run that was interrupted left
-
-
 def saved_something(folder: Path) -> bool:
     """Whether a run can be resumed from this folder (a checkpoint/)."""
-    return read_json(folder / "run.json") is not None and (
-        bool(saved_steps(folder)) or any((folder / name).exists() for name in ("before.json", "runs.jsonl"))
-    )
+    some = saved_steps(folder) or any((folder / name).exists() for name in ("before.json", "runs.jsonl"))
+    return bool(some) and read_json(folder / "run.json") is not None
 
 
 def saved_steps(folder: Path) -> list[int]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from locft_jax.errors import UserError, reason
 
@@ -24,14 +24,13 @@ if TYPE_CHECKING:
 THREADS = 16  # requests at a time: an object store answers one at 0.1 GB/s or less
 BLOCK = 32 * 2**20  # bytes of a request, and of a piece of a stream
 SMALL = 100 * 2**20  # bytes that a file of a model folder beside its weights may have
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 def is_url(text: object) -> bool:
     """Whether this is a URL and not a path."""
-    return isinstance(text, str) and _URL.match(text) is not None
+    return isinstance(text, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
 
 
 def path_or_url(text: str) -> str | Path:
@@ -49,15 +48,13 @@ def failures(url: object, doing: str = "read") -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{url}: not there; check the bucket's name and the path") from None
     except Exception as e:
-        raise UserError(
-            f"{url}: cannot be {doing} ({reason(e)}); check the bucket's name, the path, and the account's "
-            "permissions"
-        ) from None
+        remedy = "check the bucket's name, the path, and the account's permissions"
+        raise UserError(f"{url}: cannot be {doing} ({reason(e)}); {remedy}") from None
 
 
 @contextmanager
 def _writing(url: str) -> Iterator[None]:
-    """Whatever goes wrong while writing as an OSError: what a full disk gives, too."""
+    """Whatever goes wrong while writing as an OSError, as of a full disk."""
     try:
         yield
     except (OSError, NotImplementedError, UserError):
@@ -93,26 +90,18 @@ class Remote:
     def name(self) -> str:
         return self.path.rpartition("/")[2]
 
-    def names(self) -> dict[str, int]:
-        """Bytes of every file directly in it, by name; {} where there is none. Raises UserError for a bucket
-        that is missing or may not be read."""
-        files = {}
+    def names(self, deep: bool = False) -> dict[str, int]:
+        """Bytes of every file directly in it (`deep`: or anywhere below), by its path relative to it. Raises
+        UserError for a bucket that may not be read."""
+        found: Any = ()
         with failures(self.url), suppress(FileNotFoundError):
             self.fs.invalidate_cache()
-            for entry in self.fs.ls(self.path, detail=True):
-                path = entry["name"].rstrip("/")
-                if entry["type"] == "file" and path != self.path:  # some list a file as its own only entry
-                    files[path.rpartition("/")[2]] = int(entry["size"] or 0)
-        return dict(sorted(files.items()))
-
-    def all_names(self) -> list[str]:
-        """Every file below it, as paths relative to it."""
-        found: Iterable[str] = ()
-        with failures(self.url), suppress(FileNotFoundError):
-            self.fs.invalidate_cache()
-            found = self.fs.find(self.path)
-        base = f"{self.path}/"
-        return sorted(p[len(base) :] for p in found if p.startswith(base) and p != base)
+            call = self.fs.find if deep else self.fs.ls
+            found = call(self.path, detail=True)
+            found = found.values() if isinstance(found, dict) else found
+        base = f"{self.path}/"  # some list a file as its own only entry, and a folder as an empty file
+        files = {e["name"]: int(e["size"] or 0) for e in found if e["type"] == "file" and e["name"] != base}
+        return {name[len(base) :]: size for name, size in sorted(files.items()) if name.startswith(base)}
 
     def size(self) -> int:
         """Bytes of this file. Raises UserError when there is none."""
@@ -172,8 +161,7 @@ class Remote:
 
 
 def open_remote(url: str) -> Remote:
-    """The file or folder at a URL; nothing is read yet. Raises UserError for a kind of URL that is not known
-    here, naming what to install."""
+    """The file or folder at a URL, not read yet. Raises UserError naming what to install for its kind."""
     kind = url.partition("://")[0].lower()
     if "::" in url:
         raise UserError(f"{url}: a URL of URLs (`::`) is not supported; give one such as gs://bucket/x")
@@ -197,14 +185,14 @@ def open_path(path: str | Path) -> Path | Remote:
 
 
 def open_file(path: str) -> IO[bytes]:
-    """A local file, or one at a URL, which is read at once. Raises OSError for the one, UserError for the
-    other."""
+    """A local file (or OSError), or one at a URL, which is read at once (or UserError)."""
     return io.BytesIO(open_remote(path).read()) if is_url(path) else open(path, "rb")
 
 
 def size_of(path: str | Path) -> int:
     """Bytes of a file, here or at a URL."""
-    return open_remote(str(path)).size() if is_url(path) else Path(path).stat().st_size
+    file = open_path(path)
+    return file.stat().st_size if isinstance(file, Path) else file.size()
 
 
 def download(folder: Remote, names: Iterable[str], maximum: int = SMALL) -> Path:

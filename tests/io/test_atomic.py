@@ -79,7 +79,7 @@ def test_json_and_jsonl_keep_order_and_letters(tmp_path):
 def test_a_result_file_appears_whole_and_never_over_another(tmp_path, monkeypatch):
     out = tmp_path / "figures.json"
     outputs.check_file(out, False)
-    atomic.write_whole_json(out, {"a": 1})
+    atomic.write_json(out, {"a": 1})
     assert json.loads(out.read_text()) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == [out.name]
     outputs.check_file(out, True)
     wrong = [(out, "already exists"), (tmp_path, "is a folder"), (tmp_path / "no" / "x", "no folder")]
@@ -88,12 +88,12 @@ def test_a_result_file_appears_whole_and_never_over_another(tmp_path, monkeypatc
             outputs.check_file(path, False)
 
     with pytest.raises(TypeError):  # nothing that JSON knows
-        atomic.write_whole_json(out, {"a": object()})
+        atomic.write_json(out, {"a": object()})
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        atomic.write_whole_json(out, {"a": 2})
+        atomic.write_json(out, {"a": 2})
     assert contents(tmp_path) == {out.name: b'{\n  "a": 1\n}\n'}

@@ -254,11 +254,12 @@ DEEP = "[" * 100_000
     ("key", "value"),
     [
         *(("tensors", v) for v in ("", "7", "{}", DEEP, "[1]", '[["a","F32"]]', '[["a",1,[2]]]', "null")),
-        *(("tensors", v) for v in ('[["a","F32",[-1]]]', '[["a","F32",[true]]]', '[["a","F32",["2"]]]')),
+        *(("tensors", v) for v in ('[[7,"F32",[1]]]', '[["a","F32",[true]]]', '[["a","F32",["2"]]]')),
         *(("edits", v) for v in ("many", "-1", "1.5", "true", "1" * 5000)),
         *(("config", v) for v in ("[]", "{", DEEP)),
         *(("versions", v) for v in ("[]", "0.1.0")),
         *(("parents", v) for v in ("{}", "[7]")),
+        *(("cards", v) for v in ("{}", "[7]", '["\\ud800"]')),
     ],
 )
 def test_metadata_of_the_wrong_kind(delta, tmp_path, key, value):
@@ -271,7 +272,8 @@ def test_fingerprints_that_are_not_those_of_the_tensors(delta, tmp_path):
     path = tmp_path / "d.safetensors"
     listed = json.loads(delta.metadata["tensors"])
     short = json.dumps([row for row in listed if row[0] != DOWN])
-    for change in ({"fingerprint": "0" * 64}, {"tensors": "[]"}, {"tensors": short}):
+    negative = json.dumps([["a", "F32", [-1]]])
+    for change in ({"fingerprint": "0" * 64}, {"tensors": "[]"}, {"tensors": short}, {"tensors": negative}):
         save_delta(Delta(delta.new, delta.base, {**delta.metadata, **change}), path)
         assert "its fingerprint is not that of the base tensors" in refused(load_delta, path)
     save_delta(Delta({**delta.new, DOWN: -delta.new[DOWN]}, delta.base, delta.metadata), path)

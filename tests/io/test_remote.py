@@ -66,7 +66,7 @@ def put(folder: Path, url: str) -> str:
 def contents(place: str | Path) -> dict[str, bytes]:
     if isinstance(place, str):
         store = open_remote(place)
-        return {name: (store / name).read() for name in store.all_names()}
+        return {name: (store / name).read() for name in store.names(deep=True)}
     return {str(p.relative_to(place)): p.read_bytes() for p in place.rglob("*") if p.is_file()}
 
 
@@ -231,7 +231,7 @@ def test_a_prefix_is_whole_or_refused(bucket, run_there, tmp_path, monkeypatch, 
 
     def fail(self, source):
         if self.url.endswith("report.json"):
-            assert PART in store.all_names() and "hf/config.json" in store.all_names()
+            assert PART in store.names(deep=True) and "hf/config.json" in store.names(deep=True)
             raise OSError("connection lost")
         upload(self, source)
 
@@ -243,7 +243,7 @@ def test_a_prefix_is_whole_or_refused(bucket, run_there, tmp_path, monkeypatch, 
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["memory-bucket-runs-it"]
     monkeypatch.setattr(remote.Remote, "upload", upload)
     command(edit, *run_there, status=2)
-    assert "add --resume to go on with it" in capsys.readouterr().err
+    assert "add --resume, or --overwrite to begin anew" in capsys.readouterr().err
     command(edit, *run_there, "--resume")
     done = contents(store.url)
     assert json.loads(done["report.json"])["resumed"] and not any((tmp_path / "runs").iterdir())

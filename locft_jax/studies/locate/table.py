@@ -19,7 +19,7 @@ from locft_jax import distributed
 from locft_jax.editing.checkpointer import open_folder, resumable
 from locft_jax.evaluation.probes import Answers
 from locft_jax.evaluation.report import plain
-from locft_jax.io.atomic import append_jsonl, kept_jsonl, read_json, write_whole_json
+from locft_jax.io.atomic import append_jsonl, kept_jsonl, read_json, write_json
 from locft_jax.io.outputs import saved_something
 from locft_jax.run_identity import check_same
 from locft_jax.studies.locate.places import Place
@@ -49,7 +49,7 @@ class Table:
     def keep_before(self, before: Answers) -> None:
         """Keep the answers before any edit."""
         if distributed.first():
-            write_whole_json(self.folder / "before.json", dataclasses.asdict(before))
+            write_json(self.folder / "before.json", dataclasses.asdict(before))
 
     def before(self) -> Answers | None:
         """What `keep_before` kept, or None."""
@@ -79,7 +79,7 @@ def open_table(out: Path, run: Mapping[str, Any], resume: bool) -> Table:
     folder = open_folder(out, run, resume)
     if distributed.first():
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole_json(folder / "run.json", run)
+        write_json(folder / "run.json", run)
     distributed.agree(last=True)
     lines = kept_jsonl(folder / "sites.jsonl") if distributed.first() else []
     return Table(folder, distributed.from_first(lines))

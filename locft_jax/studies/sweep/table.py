@@ -10,7 +10,7 @@ from rich.console import Console
 
 from locft_jax.errors import UserError
 from locft_jax.evaluation.report import plain
-from locft_jax.io.atomic import kept_jsonl, read_json, write_whole_json
+from locft_jax.io.atomic import kept_jsonl, read_json, write_json
 from locft_jax.studies.sweep import frontier
 from locft_jax.studies.tables import RATES, SHORT, Line, label, percent, print_table, write_table
 
@@ -31,7 +31,7 @@ def open_lines(folder: Path, known: Mapping[str, str], resume: bool) -> dict[str
                 "sweep (further runs may be added), or another --out"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole_json(folder / "run.json", dict(known))
+    write_json(folder / "run.json", dict(known))
     return lines
 
 
