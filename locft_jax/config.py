@@ -1,25 +1,22 @@
-"""What a run is: a frozen `Config`, read from flat YAML and `key=value` overrides. A key's rule and its
-meaning stand with the key.
+"""What a run is: a frozen `Config`, read from flat YAML and `key=value` overrides. A key's rule and meaning
+are declared with it.
 
-Keys of the reference implementation of LocFT-BF are valid under its names too, so its hparams files run
+The names that the reference implementation of LocFT-BF has for keys are valid too, so its hparams files run
 unchanged. Anything wrong is a `UserError` that names the place, the key, the value and the remedy.
 """
 
 import difflib
-import math
-import operator
-import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from locft_jax import rules as r
 from locft_jax.errors import UserError
-from locft_jax.flat_yaml import is_null, read_yaml, shown, split_override
+from locft_jax.flat_yaml import read_yaml, shown, split_override
 from locft_jax.logs import log
 
-DEMO_FOLDER = Path(__file__).parent / "demo"
+DEMO_FOLDER = r.DEMO_FOLDER
 DEMO_CONFIG = DEMO_FOLDER / "demo.yaml"
 
 # Keys accepted for the sake of existing files: a run prints the note and does nothing else.
@@ -27,119 +24,10 @@ IGNORED = {"device": "JAX uses every device it finds (JAX_PLATFORMS chooses the 
 
 OVERRIDES = "command line"  # how messages name the place of `key=value` arguments
 
-# ---------------------------------------------------------------- what a key may be
-
-
-class Rule(NamedTuple):
-    """What values a key takes."""
-
-    expected: str  # completes "it must be ..."
-    convert: Callable[[Any], Any]  # text or Python value -> value; ValueError or TypeError if bad
-
-
-_SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-
-
-def _text(value: Any) -> str:
-    value = os.fspath(value)
-    if not isinstance(value, str) or not value.strip() or min(value) < " ":
-        raise ValueError
-    value.encode()  # a lone surrogate could not be written to a report
-    return value
-
-
-def _path(value: Any) -> str:
-    text = _text(value)
-    inside = text.removeprefix("demo:")
-    return os.path.expanduser(text) if inside == text else str(DEMO_FOLDER / inside)
-
-
-def _module(value: Any) -> str:
-    text = _text(value)
-    if text.count("{}") > 1 or not re.fullmatch(r"([\w-]+|\{\})(\.([\w-]+|\{\}))*", text):
-        raise ValueError
-    return text
-
-
-def _every(value: Any) -> str:
-    text = str(operator.index(value)) if isinstance(value, int) else str(value).replace(" ", "")
-    if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,9}|[0-9]{1,6}(\.[0-9]{1,3})?m(in)?", text):
-        raise ValueError
-    if not float(text.rstrip("min")):
-        raise ValueError
-    return text.removesuffix("in") if text.endswith("in") else text
-
-
-def _mesh(value: Any) -> dict[str, int]:
-    shape = {name: _whole(-1).convert(value[name]) for name in ("data", "model")}
-    if len(value) > 2 or 0 in shape.values() or list(shape.values()) == [-1, -1]:
-        raise ValueError
-    return shape
-
-
-def _whole(low: int, high: int = 2**31 - 1) -> Rule:
-    def convert(value: Any) -> int:
-        number = int(value) if isinstance(value, str) else operator.index(value)
-        if isinstance(value, bool) or not low <= number <= high:
-            raise ValueError
-        return number
-
-    return Rule(f"a whole number from {low} to {high}", convert)
-
-
-def _real(low: float, *, above: bool = False) -> Rule:
-    def convert(value: Any) -> float:
-        number = float(value)
-        small = number <= low if above else number < low
-        if isinstance(value, bool) or not math.isfinite(number) or small:
-            raise ValueError
-        return number
-
-    return Rule(f"a number {'>' if above else '>='} {low:g}", convert)
-
-
-def _choice(*names: str) -> Rule:
-    def convert(value: Any) -> str:
-        value = "off" if value is False else value  # how YAML 1.1 readers spell `off`
-        if value not in names:
-            raise ValueError
-        return str(value)
-
-    return Rule("one of " + ", ".join(names), convert)
-
-
-def _optional(rule: Rule) -> Rule:
-    return Rule(rule.expected + ", or null", lambda v: None if is_null(v) else rule.convert(v))
-
-
-def _several(rule: Rule, least: int = 0) -> Rule:
-    def convert(value: Any) -> Any:
-        if not isinstance(value, list | tuple):
-            return rule.convert(value) if least else () if is_null(value) else (rule.convert(value),)
-        items = tuple(rule.convert(v) for v in value)
-        if len(set(items)) != len(items) or len(items) < least:
-            raise ValueError
-        return items
-
-    return Rule(f"{rule.expected}, or a list of such without duplicates{'' if least else ', or []'}", convert)
-
-
-PATH = Rule("a path or an id", _path)
-SWITCH = Rule("true or false", lambda v: _SWITCHES[str(v).lower()])
-MODEL = Rule("a folder or a Hub id", lambda v: "" if is_null(v) else _path(v))
-DEVICE = _optional(Rule("a device", lambda v: _text(str(v) if isinstance(v, int) else v)))
-MODULE = Rule("a path of whole components with at most one {} for the layer, such as "
-              "model.layers.{}.mlp.down_proj.weight", _module)  # fmt: skip
-MESH = Rule("{data: n, model: m} with n and m >= 1, one of them -1 for all the rest", _mesh)
-PATH_OR_NULL, COUNT_OR_NULL = _optional(PATH), _optional(_whole(1))
-POSITIVE = _real(0, above=True)
-POSITIVE_OR_NULL = _optional(POSITIVE)
-EVERY = Rule("minutes such as 10m, or a number of steps", _every)
-
 # ---------------------------------------------------------------- the keys
 
 
-def key(default: Any, rule: Rule, doc: str, alias: str = "") -> Any:
+def key(default: Any, rule: r.Rule, doc: str, alias: str = "") -> Any:
     """A key of `Config`: its default, what it may be, what it means, and another name that is valid too."""
     known = {"rule": rule, "doc": doc, "alias": alias}
     if isinstance(default, dict):
@@ -157,58 +45,59 @@ class Config:
     """
 
     # fmt: off
-    model_name_or_path: str = key("", MODEL, "folder or Hub id", "model")
-    data_path: str | None = key(None, PATH_OR_NULL, "edits: a file or a Hub data set")
-    num_edits: int | None = key(None, COUNT_OR_NULL, "the first n edits; null: all")
-    output_dir: str | None = key(None, PATH_OR_NULL, "default `--out`; null: `runs/NAME`", "save_model_dir")
-    layer: int | tuple[int, ...] | None = key(None, _optional(_several(_whole(0), 1)),
+    model_name_or_path: str = key("", r.MODEL, "folder or Hub id", "model")
+    data_path: str | None = key(None, r.PATH_OR_NULL, "edits: a file or a Hub data set")
+    num_edits: int | None = key(None, r.COUNT_OR_NULL, "the first n edits; null: all")
+    output_dir: str | None = key(None, r.PATH_OR_NULL, "default --out; null: runs/NAME", "save_model_dir")
+    layer: int | tuple[int, ...] | None = key(None, r.optional(r.several(r.whole(0), 1)),
         "layer or layers, from 0; null: relative depth 0.7")
-    rewrite_module: str | tuple[str, ...] = key("model.layers.{}.mlp.down_proj.weight", _several(MODULE, 1),
+    rewrite_module: str | tuple[str, ...] = key(
+        "model.layers.{}.mlp.down_proj.weight", r.several(r.MODULE, 1),
         "what is tuned in them: whole path components; `model.layers.{}` is the entire layer")
-    learning_rate: float = key(5e-4, POSITIVE, "of Adam", "lr")
-    batch_size: int = key(100, _whole(1), "edits a step")
-    num_epochs: int = key(25, _whole(1), "epochs at most", "num_steps")
-    weight_decay: float = key(0.0, _real(0), "L2 inside Adam, as in the reference")
-    device: str | None = key(None, DEVICE, "accepted, ignored with a note")
-    seed: int = key(0, _whole(0, 2**32 - 1), "of the order of edits, of samples and texts")
-    loss_average: str = key("example", _choice("example", "token"), "what the mean loss of a batch is over")
-    loss_floor: float = key(1e-2, _real(0), "below it a batch makes no step and an epoch ends the run")
-    pipeline: str = key("breadth", _choice("breadth", "depth"),
+    learning_rate: float = key(5e-4, r.POSITIVE, "of Adam", "lr")
+    batch_size: int = key(100, r.whole(1), "edits a step")
+    num_epochs: int = key(25, r.whole(1), "epochs at most", "num_steps")
+    weight_decay: float = key(0.0, r.real(0), "L2 inside Adam, as in the reference")
+    device: str | None = key(None, r.DEVICE, "accepted, ignored with a note")
+    seed: int = key(0, r.whole(0, 2**32 - 1), "of the order of edits, of samples and texts")
+    loss_average: str = key("example", r.choice("example", "token"), "what the mean loss of a batch is over")
+    loss_floor: float = key(1e-2, r.real(0), "below it a batch makes no step and an epoch ends the run")
+    pipeline: str = key("breadth", r.choice("breadth", "depth"),
         "`depth`: each mini-batch to convergence in turn, `num_epochs` steps at most")
-    method: str = key("ft-m", _choice("ft-m", "ft-l"), "`ft-l`: loss on the last target token only")
-    norm_constraint: float | None = key(None, POSITIVE_OR_NULL, "most that an element of the site may change")
-    append_eos: bool = key(True, SWITCH, "the end of the answer is trained too")
-    chat_template: bool = key(False, SWITCH, "prompts are put into the tokenizer's chat template")
-    on_conflict: str = key("keep", _choice("error", "last", "keep"), "of one prompt with several targets")
-    weights: str = key("checkpoint", _choice("checkpoint", "float32", "bfloat16", "int8"),
+    method: str = key("ft-m", r.choice("ft-m", "ft-l"), "`ft-l`: loss on the last target token only")
+    norm_constraint: float | None = key(None, r.POSITIVE_OR_NULL, "most that an element may change")
+    append_eos: bool = key(True, r.SWITCH, "the end of the answer is trained too")
+    chat_template: bool = key(False, r.SWITCH, "prompts are put into the tokenizer's chat template")
+    on_conflict: str = key("keep", r.choice("error", "last", "keep"), "of one prompt with several targets")
+    weights: str = key("checkpoint", r.choice("checkpoint", "float32", "bfloat16", "int8"),
         "dtype of the frozen weights")
-    mesh: Mapping[str, int] = key({"data": 1, "model": -1}, MESH, "layout of the devices")
-    row_length: int = key(64, _whole(1), "tokens a packed row (longer where an edit is longer)")
-    activation_cache: str = key("auto", _choice("auto", "device", "host", "disk", "off"),
+    mesh: Mapping[str, int] = key({"data": 1, "model": -1}, r.MESH, "layout of the devices")
+    row_length: int = key(64, r.whole(1), "tokens a packed row (longer where an edit is longer)")
+    activation_cache: str = key("auto", r.choice("auto", "device", "host", "disk", "off"),
         "where the activations that enter the site are kept", "prefix_cache")
-    memory_budget: float | None = key(None, POSITIVE_OR_NULL, "GiB for caches; null: 80 % of what is free")
-    evaluate: bool = key(True, SWITCH, "every probe is asked before and after")
-    eval_sample: int | None = key(None, COUNT_OR_NULL, "probes of each kind; null: all")
-    eval_every: int | None = key(None, COUNT_OR_NULL,
+    memory_budget: float | None = key(None, r.POSITIVE_OR_NULL, "GiB for caches; null: 80 % of what is free")
+    evaluate: bool = key(True, r.SWITCH, "every probe is asked before and after")
+    eval_sample: int | None = key(None, r.COUNT_OR_NULL, "probes of each kind; null: all")
+    eval_every: int | None = key(None, r.COUNT_OR_NULL,
         "epochs (depth: mini-batches) between evaluations; null: never")
-    capability_data: tuple[str, ...] = key((), _several(PATH), "files of questions that no edit is about")
-    checkpoint_every: str = key("10m", EVERY, "minutes (`10m`) or steps (`200`)")
-    export: tuple[str, ...] = key(("hf", "delta", "orbax"), _several(_choice("hf", "delta", "orbax")),
+    capability_data: tuple[str, ...] = key((), r.several(r.PATH), "files of questions that no edit is about")
+    checkpoint_every: str = key("10m", r.EVERY, "minutes (`10m`) or steps (`200`)")
+    export: tuple[str, ...] = key(("hf", "delta", "orbax"), r.several(r.choice("hf", "delta", "orbax")),
         "what is written")
-    report_to: tuple[str, ...] = key((), _several(_choice("tensorboard", "wandb")),
+    report_to: tuple[str, ...] = key((), r.several(r.choice("tensorboard", "wandb")),
         "where the losses of steps are shown too")
-    preserve: str = key("none", _choice("none", "soft", "null", "kfac"),
+    preserve: str = key("none", r.choice("none", "soft", "null", "kfac"),
         "updates avoid the inputs that other texts have")
-    preserve_strength: float | None = key(None, POSITIVE_OR_NULL,
+    preserve_strength: float | None = key(None, r.POSITIVE_OR_NULL,
         "`soft`, `kfac`: > 0; `null`: a share of the trace, in (0, 1)")
-    preserve_data: str | None = key(None, PATH_OR_NULL, "`model` (default), `templates`, or a file of texts")
-    preserve_tokens: str = key("all", _choice("all", "last"),
+    preserve_data: str | None = key(None, r.PATH_OR_NULL, "`model` (default), `templates`, or a file")
+    preserve_tokens: str = key("all", r.choice("all", "last"),
         "`last`: of a retained text only what follows its last token is to stay")
-    preserve_kl: float | None = key(None, _optional(_real(0)),
+    preserve_kl: float | None = key(None, r.optional(r.real(0)),
         "weight of the KL divergence from the base on the retained texts; 0: off")
-    augment_prefixes: int = key(0, _whole(0, 1000), "times that an edit is also trained after a random text")
-    augment_data: str | None = key(None, PATH_OR_NULL, "file of such texts; null: the model writes them")
-    augment_rephrases: int = key(0, _whole(0), "given rephrases that are trained too, and then not asked")
+    augment_prefixes: int = key(0, r.whole(0, 1000), "times that an edit is also trained after a random text")
+    augment_data: str | None = key(None, r.PATH_OR_NULL, "file of such texts; null: the model writes them")
+    augment_rephrases: int = key(0, r.whole(0), "given rephrases that are trained too, and then not asked")
     # fmt: on
     source: str = field(default="", repr=False, compare=False)  # the file read; not a key
 

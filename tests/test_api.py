@@ -200,7 +200,7 @@ except SystemExit:
     pass
 import locft_jax, locft_jax.api
 assert locft_jax.edit is locft_jax.api.edit and locft_jax.evaluate is locft_jax.api.evaluate
-assert not set(main.COMMANDS) & {name.removeprefix("locft_jax.") for name in sys.modules}
+assert not {f"locft_jax.{name}" for name in main.COMMANDS} & set(sys.modules)
 """
     root = Path(locft_jax.__file__).parents[1]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)

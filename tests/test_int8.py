@@ -144,7 +144,7 @@ def test_the_note_says_how_to_measure_what_was_written(
         assert run_command(edit_command, edit_arguments(out, export=export, **quick)) == 0
         shown = capsys.readouterr().out
         assert "note: these figures are of the model with int8 weights" in shown
-        assert f"python -m locft_jax.evaluate --model {model} --data {edits_file} measures that" in shown
+        assert f"locft evaluate --model {model} --data {edits_file} measures that" in shown
 
 
 def test_ask(run, tiny_model_dir, capsys, monkeypatch):

@@ -73,12 +73,11 @@ def estimate(
     """What a device of a mesh of these `sizes` ({data, model}) holds; `itemsize`: bytes of an activation and
     of a frozen weight, those of matrices apart where they are `int8`.
 
-    A step keeps, of every token and layer from `first` on, the outputs of the matrix products (query,
-    key, value, attention, output, gate, up, down) in the weights' dtype and its float32 attention
-    scores; of every target the float32 logits and their gradient; and of int8 matrices, which are converted
-    one at a time, the largest. The compiler's own figure is 0.6 to 0.8 times that in float32 and, on a CPU,
-    which computes bfloat16 in float32, twice that in bfloat16; the TPU's, of Qwen2.5-72B on 4 to 16 chips in
-    bfloat16, 0.66 to 0.86 times (`locft_jax.plan`).
+    A step keeps, of every token and layer from `first` on, the outputs of the matrix products in the weights'
+    dtype and its float32 attention scores; of every target the float32 logits and their gradient; and the
+    largest of int8 matrices, which are converted one at a time. The compiler's own figure is 0.6 to 0.8 times
+    that in float32 and, on a CPU, which computes bfloat16 in float32, twice that in bfloat16; the TPU's, of
+    Qwen2.5-72B on 4 to 16 chips in bfloat16, 0.66 to 0.86 times (`locft plan`).
     """
     mesh = AbstractMesh((sizes["data"], sizes["model"]), ("data", "model"))
 
@@ -118,20 +117,15 @@ def check_memory(
     need = estimate(spec, mesh.shape, itemsize, site, step, int8)
     where = f"on each of {mesh.size} device(s) ({need})"
     if need.certain > room.free:
-        raise UserError(
-            f"memory: {as_text(need.certain)} are needed {where}, but {as_text(room.free)} are free; "
-            + remedy(spec, mesh, itemsize, site, room, int8)
-        )
+        sizes = f"{as_text(need.certain)} are needed {where}, but {as_text(room.free)} are free"
+        raise UserError(f"memory: {sizes}; {remedy(spec, mesh, itemsize, site, room, int8)}")
     if step is None or need.certain + need.step <= room.free:
         return []
     examples = step.examples
     while examples > 1 and need.certain + need.step * examples // step.examples > room.free:
         examples //= 2
-    both = as_text(need.certain + need.step)
-    return [
-        f"memory may not suffice: {both} {where}, {as_text(room.free)} are free; "
-        f"batch_size={examples} would be safer"
-    ]
+    sizes = f"{as_text(need.certain + need.step)} {where}, {as_text(room.free)} are free"
+    return [f"memory may not suffice: {sizes}; batch_size={examples} would be safer"]
 
 
 def remedy(
@@ -186,36 +180,29 @@ def host_memory() -> int:
     """Bytes of host memory that this process may still take: of the machine's, and of its container's if
     these are fewer. Files that are only cached can go."""
     free = [int(kib) * 1024 for kib in re.findall(r"MemAvailable: +(\d+)", _read("/proc/meminfo"))]
-    free = free or _vm_stat(_output("vm_stat"))
-    groups = [line.split(":", 2)[1:] for line in _read("/proc/self/cgroup").splitlines()]
-    for kinds, path in groups or [["", "/"]]:
-        if kinds and "memory" not in kinds.split(","):
-            continue
-        folder = Path(f"/sys/fs/cgroup/{'memory' if kinds else ''}{path}")
-        # Where the container's own root is mounted its limit is at the top, whatever the path.
-        for group in [folder, *folder.parents[: len(Path(path).parts) - 1]]:
-            free += _cgroup(group, *(_VERSION_1 if kinds else _VERSION_2))
+    stat = "" if free else _output("vm_stat")  # macOS
+    if page := re.search(r"page size of (\d+) bytes", stat):
+        pages = re.findall(r"Pages (?:free|inactive|speculative): +(\d+)", stat)
+        free = [int(page[1]) * sum(map(int, pages))]
+    for line in _read("/proc/self/cgroup").splitlines() or ["0::/"]:
+        _, kinds, path = line.split(":", 2)
+        if not kinds or "memory" in kinds.split(","):
+            folder = Path(f"/sys/fs/cgroup/{'memory' if kinds else ''}{path}")
+            # Where the container's own root is mounted its limit is at the top, whatever the path.
+            groups = [folder, *folder.parents[: len(Path(path).parts) - 1]]
+            free += [left for group in groups if (left := _group_memory(group, bool(kinds))) is not None]
     return min(free, default=2**63)  # unknown: never a reason to refuse
 
 
-_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-_VERSION_2 = ("memory.max", "memory.current", "inactive_file")
-
-
-def _cgroup(group: Path, limit: str, used: str, cached: str) -> list[int]:
-    """What a group of processes may still take, if it has a limit."""
-    most, taken = (_read(str(group / name)).strip() for name in (limit, used))
-    if not (most.isdecimal() and taken.isdecimal()):
-        return []
-    stat = re.search(rf"^{cached} (\d+)$", _read(str(group / "memory.stat")), re.MULTILINE)
-    return [int(most) - int(taken) + (int(stat[1]) if stat else 0)]
-
-
-def _vm_stat(text: str) -> list[int]:
-    """What macOS says is free or can be."""
-    page = re.search(r"page size of (\d+) bytes", text)
-    pages = re.findall(r"Pages (?:free|inactive|speculative): +(\d+)", text)
-    return [int(page[1]) * sum(map(int, pages))] if page else []
+def _group_memory(group: Path, version_1: bool) -> int | None:
+    """What a control group may still take, if it has a limit."""
+    names = ("limit_in_bytes", "usage_in_bytes") if version_1 else ("max", "current")
+    limit, used = (_read(f"{group}/memory.{name}").strip() for name in names)
+    if not (limit.isdecimal() and used.isdecimal()):
+        return None
+    stat = _read(f"{group}/memory.stat")
+    cached = re.search(rf"^{'total_' if version_1 else ''}inactive_file (\d+)$", stat, re.MULTILINE)
+    return int(limit) - int(used) + (int(cached[1]) if cached else 0)
 
 
 def _read(path: str) -> str:
