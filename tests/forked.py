@@ -155,5 +155,6 @@ def one_of_several(jobs: list[Any], place: list[str], stop_at: int | None, heart
 def script(path: Path, arguments: list[str]) -> int:
     """A script of this repository."""
     sys.argv = [str(path), *arguments]
+    sys.path.insert(0, str(path.parent))
     runpy.run_path(str(path), run_name="__main__")
     return 0

@@ -23,7 +23,6 @@ from locft_jax.io.delta import BASE
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = [f"model.layers.2.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
-RATES = {"reliability", "generalization", "locality", "capability"}
 QUICK = {"evaluate": "false", "num_steps": 1, "export": "delta"}
 
 
@@ -71,12 +70,17 @@ def test_the_report_of_a_run(report, tiny_model_dir):
     assert report["stopped"] == "loss_floor" and 10 < report["epochs_run"] < 60
     assert report["steps_run"] == 3 * report["epochs_run"] == 3 * len(report["epoch_losses"])
     assert report["epoch_losses"][-1] < 1.08 <= min(report["epoch_losses"][:-1])
-    assert set(report["before"]) >= RATES and set(report["after"]) >= {*RATES, "locality_agreement"}
-    rates = [*report["before"].values(), *report["after"].values()]
-    assert all(isinstance(r, float) and 0 <= r <= 1 for r in rates)
-    assert report["before"]["reliability"] == 0.0 and report["after"]["reliability"] == 1.0
-    assert report["after"]["generalization"] == pytest.approx(1 / 6)  # the one rephrase that is the prompt
-    assert report["after"]["locality"] == pytest.approx(1 / 3)
+    keys = ("reliability", "reliability_eos_only", "generalization", "locality", "portability")
+    zero = dict.fromkeys(keys, 0.0)
+    assert report["before"] == zero | {"capability": 0.25}
+    assert report["after"] == zero | {
+        "reliability": 1.0,
+        "reliability_eos_only": 1.0,
+        "generalization": pytest.approx(1 / 6),  # the one rephrase that is the prompt
+        "locality": pytest.approx(1 / 3),
+        "locality_agreement": 0.0,
+        "capability": 0.25,
+    }
     assert report["probes"] == {
         "reliability": 12,
         "generalization": 6,
