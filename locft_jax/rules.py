@@ -61,6 +61,7 @@ def _mesh(value: Any) -> dict[str, int]:
 
 
 def whole(low: int, high: int = 2**31 - 1) -> Rule:
+    """A whole number in a range."""
     def convert(value: Any) -> int:
         number = int(value) if isinstance(value, str) else operator.index(value)
         if isinstance(value, bool) or not low <= number <= high:
@@ -71,6 +72,7 @@ def whole(low: int, high: int = 2**31 - 1) -> Rule:
 
 
 def real(low: float, *, above: bool = False) -> Rule:
+    """A finite number, at least (`above`: above) `low`."""
     def convert(value: Any) -> float:
         number = float(value)
         small = number <= low if above else number < low
@@ -82,6 +84,7 @@ def real(low: float, *, above: bool = False) -> Rule:
 
 
 def choice(*names: str) -> Rule:
+    """One of these words."""
     def convert(value: Any) -> str:
         value = "off" if value is False else value  # how YAML 1.1 readers spell `off`
         if value not in names:
@@ -92,10 +95,12 @@ def choice(*names: str) -> Rule:
 
 
 def optional(rule: Rule) -> Rule:
+    """The rule, or null."""
     return Rule(rule.expected + ", or null", lambda v: None if is_null(v) else rule.convert(v))
 
 
 def several(rule: Rule, least: int = 0) -> Rule:
+    """A list of what the rule allows, without duplicates; a single one counts as a list of one."""
     def convert(value: Any) -> Any:
         if not isinstance(value, list | tuple):
             return rule.convert(value) if least else () if is_null(value) else (rule.convert(value),)
