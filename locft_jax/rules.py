@@ -62,6 +62,7 @@ def _mesh(value: Any) -> dict[str, int]:
 
 def whole(low: int, high: int = 2**31 - 1) -> Rule:
     """A whole number in a range."""
+
     def convert(value: Any) -> int:
         number = int(value) if isinstance(value, str) else operator.index(value)
         if isinstance(value, bool) or not low <= number <= high:
@@ -72,7 +73,8 @@ def whole(low: int, high: int = 2**31 - 1) -> Rule:
 
 
 def real(low: float, *, above: bool = False) -> Rule:
-    """A finite number, at least (`above`: above) `low`."""
+    """A finite number of at least `low`, or `above` it."""
+
     def convert(value: Any) -> float:
         number = float(value)
         small = number <= low if above else number < low
@@ -84,7 +86,8 @@ def real(low: float, *, above: bool = False) -> Rule:
 
 
 def choice(*names: str) -> Rule:
-    """One of these words."""
+    """One of some names."""
+
     def convert(value: Any) -> str:
         value = "off" if value is False else value  # how YAML 1.1 readers spell `off`
         if value not in names:
@@ -95,12 +98,13 @@ def choice(*names: str) -> Rule:
 
 
 def optional(rule: Rule) -> Rule:
-    """The rule, or null."""
+    """`rule`, or null."""
     return Rule(rule.expected + ", or null", lambda v: None if is_null(v) else rule.convert(v))
 
 
 def several(rule: Rule, least: int = 0) -> Rule:
-    """A list of what the rule allows, without duplicates; a single one counts as a list of one."""
+    """One value by `rule` or more; with `least` 0 any number of them, as a tuple."""
+
     def convert(value: Any) -> Any:
         if not isinstance(value, list | tuple):
             return rule.convert(value) if least else () if is_null(value) else (rule.convert(value),)

@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 from safetensors.numpy import load_file
 
 from locft_jax.cli.command import run_command
 from locft_jax.cli.edit import main as edit
+from locft_jax.config import config_to_dict, load_config
 from locft_jax.data.requests import read_requests, requests_from_records
 from locft_jax.data.streaming import extend, read_earlier, streaming_report, to_record
 from locft_jax.errors import UserError
+from locft_jax.run_identity import finished
 
 RECORDS = [
     {
@@ -143,3 +146,22 @@ def test_what_cannot_be_continued(parts, edit_arguments, tiny_model_dir, capsys)
             (first / "edits.jsonl").write_text('{"prompt": "p", "target_new": "t", "batch": -1}\n')
         with pytest.raises(UserError, match="--continue-from: "):
             read_earlier(first)
+
+
+def test_a_run_of_version_0_1_is_continued_under_the_keys_names(edit_run, tmp_path):
+    """It wrote the reference's names of keys."""
+    old = tmp_path / "old"
+    shutil.copytree(edit_run, old)
+    report = json.loads((old / "report.json").read_text())
+    names = {"learning_rate": "lr", "num_epochs": "num_steps", "activation_cache": "prefix_cache"}
+    report["config"] = {names.get(key, key): value for key, value in report["config"].items()}
+    assert "lr" in report["config"] and "learning_rate" not in report["config"]
+    (old / "report.json").write_text(json.dumps(report))
+    settings = read_earlier(old).settings
+    assert settings == read_earlier(edit_run).settings and settings["learning_rate"] == 1e-2
+    config = load_config(None, ["data_path=new.json", "lr=0.5"], settings)
+    assert (config.learning_rate, config.num_epochs, config.batch_size) == (0.5, 60, 5)
+    same = config_to_dict(load_config(None, [], read_earlier(edit_run).report["config"]))
+    assert finished(old, same)
+    with pytest.raises(UserError, match="learning_rate: 0.01 there, 0.5 here"):
+        finished(old, same | {"learning_rate": 0.5})

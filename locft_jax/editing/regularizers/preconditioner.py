@@ -165,7 +165,7 @@ def make_preconditioner(
     model: Model, site: Sequence[str], config: Config, ids: Sequence[Sequence[int]]
 ) -> tuple[dict[str, Sides], Lambdas]:
     """{HF name: (P_in [in, in], P_out [out, out] or None)} for the site's matrices, {} when off; and their
-    lambdas. `ids` as from `retained_ids`. The same arguments give the same bits, so a resumed run makes it
+    lambdas. `ids`: of the retained texts. The same arguments give the same bits, so a resumed run makes it
     again."""
     strength = strength_of(config)
     if config.preserve == "none" or strength is None:

@@ -149,9 +149,3 @@ def encode_retained(
             "the tokenizer is of another model"
         )
     return ids
-
-
-def retained_ids(model: Model, config: Config, texts: Sequence[str] | None) -> list[list[int]]:
-    """`encode_retained`, with the model's own texts where it is to write them."""
-    ids = encode_retained(model.tokenizer, model.spec, config, texts)
-    return sample_model(model, config.seed) if ids is None else ids

@@ -8,7 +8,7 @@ import pytest
 from locft_jax import Config
 from locft_jax.data.requests import requests_from_records
 from locft_jax.editing.regularizers.texts import (
-    retained_ids,
+    encode_retained,
     retained_texts,
     sample_model,
     template_texts,
@@ -59,7 +59,7 @@ def test_of_a_long_prompt_the_end_is_kept(model):
     texts = ["a b " * model.spec.max_position + "c"]
     (whole,) = model.tokenizer(texts, add_special_tokens=False).input_ids
     assert len(whole) > model.spec.max_position
-    (ids,) = retained_ids(model, config, texts)
+    (ids,) = encode_retained(model.tokenizer, model.spec, config, texts)
     assert ids == whole[-model.spec.max_position :]
 
 
