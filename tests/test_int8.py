@@ -1,11 +1,10 @@
 """`weights: int8` through the commands: what is trained, measured, written, resumed."""
 
 import json
-import os
-import signal
 
 import numpy as np
 import pytest
+from forked import stopping_at
 from safetensors.numpy import load_file
 
 from locft_jax import Config, edit, load_model
@@ -14,7 +13,7 @@ from locft_jax.cli.command import run_command
 from locft_jax.cli.edit import main as edit_command
 from locft_jax.cli.evaluate import main as evaluate_command
 from locft_jax.data.requests import read_requests
-from locft_jax.editing.checkpointer import Checkpointer
+from locft_jax.editing.hooks import Progress
 from locft_jax.io.delta import BASE
 from locft_jax.io.hf_load import originals
 
@@ -115,13 +114,8 @@ def test_preserve_and_the_prefix_cache_on_disk(model, data):
 def test_resumed_byte_for_byte(edit_arguments, tmp_path, monkeypatch, capsys):
     arguments = [edit_arguments(tmp_path / name, **SHORT) for name in ("alone", "stopped")]
     assert run_command(edit_command, arguments[0]) == 0
-
-    def stop(self, record):
-        if record.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpointer, "on_step", stop)
+        patch.setattr(Progress, "on_step", stopping_at(4))
         assert run_command(edit_command, arguments[1]) == 1
     other = edit_arguments(tmp_path / "stopped", **{**SHORT, "weights": "float32"})
     assert run_command(edit_command, [*other, "--resume"]) == 2  # is of another run

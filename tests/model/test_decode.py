@@ -72,18 +72,64 @@ def test_every_text_gets_its_tokens_and_a_slot_only_while_it_needs_it(parts, slo
     assert sorted(got) == [(i, [100 * i + n for n in range(room)]) for i, room in enumerate(rooms)]
 
 
-@pytest.mark.parametrize("mesh", [{"data": 1, "model": 1}, {"data": 4, "model": 2}])
-def test_samples_are_draws_from_the_plain_forward(tiny_model_dir, mesh):
-    """Token by token: the noise of each step over the logits of the whole text before it."""
-    model, start, count, length, seed = load_model(str(tiny_model_dir), mesh=mesh), 5, 6, 9, 3
-    stop = np.arange(320) % 7 == 0
-    got = sample(model.params, model.mesh, start, stop, seed, (count, length))
-    texts, key = np.full((count, length), start), jax.random.fold_in(jax.random.key(seed), 0)
-    forward = jax.jit(decoder.logits)
-    for step in range(1, length):
-        logits = np.asarray(forward(model.params, texts))[:, step - 1]  # causal: what follows is not seen
-        noise = jax.random.gumbel(jax.random.fold_in(key, step), (SAMPLE_SLOTS, 320))[:count]
-        texts[:, step] = (logits + noise).argmax(-1)
-    ends = [next((n + 1 for n in range(1, length) if stop[text[n]]), length) for text in texts]
-    assert got == [text[:end].tolist() for text, end in zip(texts, ends, strict=True)]
-    assert len(set(ends)) > 2 and len({tuple(text) for text in got}) == count
+# ---------------------------------------------------------------- samples
+
+START, SEED = 0, 5
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir):
+    return load_model(str(tiny_model_dir), mesh={"data": 1, "model": 1})
+
+
+def stop_set(count):
+    """So many tokens end a sequence, the start token among them."""
+    stop = np.isin(np.arange(320), np.random.default_rng(0).permutation(320)[:count])
+    stop[START] = True
+    return stop
+
+
+def plainly(params, stop, count, length):
+    """Every token from a forward of all before it, drawn with the key of its part and position."""
+    forward = jax.jit(lambda params, tokens, at: decoder.logits(params, tokens)[:, at - 1])
+    found = []
+    for part in range(-(-count // SAMPLE_SLOTS)):
+        key = jax.random.fold_in(jax.random.key(SEED), part)
+        tokens = np.full((SAMPLE_SLOTS, length), START, np.int32)
+        for at in range(1, length):
+            scores = np.asarray(forward(params, tokens, at))  # causal: what follows is not seen
+            tokens[:, at] = jax.random.categorical(jax.random.fold_in(key, at), scores)
+        for row in tokens:
+            ends = np.flatnonzero(stop[row[1:]])
+            found.append(row[: ends[0] + 2 if len(ends) else length].tolist())
+    return found[:count]
+
+
+@pytest.mark.parametrize("mesh", [{"data": 1, "model": 1}, {"data": 4, "model": 2}], ids=["one", "eight"])
+def test_samples_are_token_for_token_those_of_the_plain_forward(tiny_model_dir, mesh):
+    """Of more sequences than slots; some end early, with the token that ends them, others have no end."""
+    model = load_model(str(tiny_model_dir), mesh=mesh)
+    stop, count, length = stop_set(20), SAMPLE_SLOTS + 30, 12
+    found = sample(model.params, model.mesh, START, stop, SEED, (count, length))
+    assert found == plainly(model.params, stop, count, length)
+    ended = [stop[own[-1]] for own in found]
+    assert any(ended) and not all(ended)
+    assert {len(own) for own, end in zip(found, ended, strict=True) if not end} == {length}
+    assert not any(stop[own[1:-1]].any() for own in found)  # nothing after an end
+    assert len({len(own) for own in found}) > 5 and len(set(map(tuple, found))) > count / 2
+
+
+def test_overrides_are_sampled_from(model):
+    """The edited model, not the frozen weights."""
+    edited = model.with_overrides({"model.layers.1.mlp.down_proj.weight": np.zeros((32, 64), np.float32)})
+    stop, shape = stop_set(20), (8, 12)
+    found = sample(edited.params, model.mesh, START, stop, SEED, shape)
+    assert found == plainly(edited.params, stop, *shape)
+    assert found != sample(model.params, model.mesh, START, stop, SEED, shape)
+
+
+def test_the_shortest_samples(model):
+    everything = np.ones(320, bool)  # any token ends them
+    assert sample(model.params, model.mesh, START, everything, SEED, (3, 1)) == [[START]] * 3
+    found = sample(model.params, model.mesh, START, everything, SEED, (3, 12))
+    assert found == plainly(model.params, everything, 3, 12) and {len(own) for own in found} == {2}
