@@ -132,7 +132,8 @@ def test_prefixed_probes(small):
     result = small("prefixed_probes.py")
     assert [row["augment_prefixes"] for row in result["rows"]] == [0, 1]
     for row in result["rows"]:
-        assert row["mean"].pop("locality_agreement") == row["mean"].pop("capability") == 1  # it is a short run
+        # It is a short run.
+        assert row["mean"].pop("locality_agreement") == row["mean"].pop("capability") == 1
         assert row["mean"].keys() == {"reliability", "generalization", "prefixed"}
 
 
