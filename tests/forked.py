@@ -1,5 +1,6 @@
 """Runs of the commands in processes of their own, forked from one that has imported everything."""
 
+import faulthandler
 import multiprocessing
 import os
 import runpy
@@ -55,6 +56,7 @@ def _run(
     for number, path in enumerate(files, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
+    faulthandler.dump_traceback_later(WITHIN - 10, exit=True)  # one that hangs says where
     sys.exit(function(*arguments))
 
 

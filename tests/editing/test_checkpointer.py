@@ -90,13 +90,14 @@ def test_killed_and_resumed(edit_arguments, tmp_path):
     """kill -9 wherever it falls: before the first step, in a checkpoint's write, in the evaluation, in the
     export. Every chain of killed and resumed runs ends as the run that was left alone."""
     run = lambda *arguments: Forked(tmp_path / "work", edit_until, *arguments)  # noqa: E731
-    whole = run(edit_arguments(tmp_path / "whole", **LONG), str(tmp_path / "whole"), 0, 0)
+    settings = {**LONG, "num_steps": 4}
+    whole = run(edit_arguments(tmp_path / "whole", **settings), str(tmp_path / "whole"), 0, 0)
     assert whole.wait() == 0, whole.said()
     expected, changes = result(tmp_path / "whole"), int(whole.said()[0].split()[-2])
     assert changes > 100
 
     out, found = tmp_path / "out", []
-    arguments = [*edit_arguments(out, **LONG), "--resume"]
+    arguments = [*edit_arguments(out, **settings), "--resume"]
     for share, after in KILLS:
         killed = run(arguments, str(out), 1 + int(share * changes), after)
         status = killed.wait()
