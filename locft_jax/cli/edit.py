@@ -66,7 +66,7 @@ def carry_out(args: argparse.Namespace) -> None:
     distributed.agree(run | {"tokens": corpus and hashlib.sha256(corpus.tokens.tobytes()).hexdigest()})
     if distributed.from_first(over):
         return console.print(plain(f"{store or out}/ holds this run, finished: nothing to resume"))
-    checkpointer = open_run(out, config.checkpoint_every, run, args.resume)
+    checkpointer = Checkpointer(open_run(out, run, args.resume), config.checkpoint_every)
     distributed.agree(last=True)
     for note in prepared.notes:
         log.warning(note)

@@ -126,7 +126,7 @@ def test_a_program_that_is_told_to_stop_says_how_to_go_on(edit_arguments, tmp_pa
     assert process.wait() == 1
     errors = process.said()[1]
     assert "Traceback" not in errors, errors
-    assert "interrupted: " in errors and "the same command with --resume goes on from there" in errors
+    assert "interrupted: " in errors and "the same command with --resume resumes from there" in errors
     assert names(tmp_path / "out") == {"checkpoint"}
 
 
