@@ -58,8 +58,8 @@ class Progress(Hook):
 
     def on_step(self, record: StepRecord) -> None:
         rate = self.bar.rate() * self.edits_per_step
-        note = f"{self.round_name} {record.epoch + 1}, loss {record.loss:.4f}, {rate:.0f} edits/s"
-        self.bar.advance(1, note)
+        where = f"{self.round_name} {record.epoch + 1}"
+        self.bar.advance(1, f"{where}, loss {record.loss:.4f}, {rate:.0f} edits/s")
 
 
 class Metrics(Hook):
@@ -72,10 +72,9 @@ class Metrics(Hook):
         self.begin = time.monotonic()
 
     def on_step(self, record: StepRecord) -> None:
-        now = time.monotonic()
-        rate = record.tokens / max(1e-9, now - self.begin)
-        self.begin = now
+        before, self.begin = self.begin, time.monotonic()
         figures = {"loss": record.loss, "epoch": record.epoch, "skipped": float(record.skipped)}
+        rate = record.tokens / max(1e-9, self.begin - before)
         self.write({**figures, "tokens_per_second": rate}, record.step)
 
     def on_end(self) -> None:

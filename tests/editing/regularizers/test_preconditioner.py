@@ -14,7 +14,7 @@ from locft_jax import Config, prepare
 from locft_jax.cli.command import run_command
 from locft_jax.cli.edit import main as edit
 from locft_jax.editing.checkpointer import Checkpointer
-from locft_jax.editing.regularizers import preconditioner, second_moments
+from locft_jax.editing.regularizers import second_moments
 from locft_jax.editing.regularizers.preconditioner import (
     input_matrix,
     lambda_of,
@@ -88,7 +88,7 @@ def test_moments_are_computed_once(model, split_model, texts, tmp_path, monkeypa
     made = []
     for compute in (second_moments.second_moments, second_moments.gradient_moments):
         name = compute.__name__
-        monkeypatch.setattr(preconditioner, name, lambda *a, f=compute, n=name: made.append(n) or f(*a))
+        monkeypatch.setattr(second_moments, name, lambda *a, f=compute, n=name: made.append(n) or f(*a))
     config = Config(preserve="kfac", row_length=32)
 
     def once(site=SITE, ids=texts[:20], config=config, model=model):
