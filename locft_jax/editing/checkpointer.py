@@ -117,24 +117,22 @@ class Checkpointer(Hook):
         # A step whose loss was finite may still have left NaN behind: the last good state is kept.
         if new and fetch(all_finite(state)):
             leaves = jax.tree.leaves(state)
-            self._write(list(map(fetch, leaves)) if distributed.several() else leaves, records)
+            leaves = list(map(fetch, leaves)) if distributed.several() else leaves
+            if self.manager:
+                with self._warning():  # also of what became of the write before this one
+                    self._save(leaves, records)
         self.saved_at = time.monotonic()
         if self.stop:
             self.looping, self.stopped = False, True
             raise Interrupted
 
-    def _write(self, leaves: Sequence[Any], records: Sequence[StepRecord]) -> None:
+    def _save(self, leaves: Sequence[Any], records: Sequence[StepRecord]) -> None:
         import orbax.checkpoint as ocp
 
-        if self.manager:
-            steps = [dataclasses.asdict(r) for r in records]
-            progress = {"records": steps, "seconds": self.elapsed(), "resumed": self.resumed}
-            saved = ocp.args.Composite(
-                state=ocp.args.StandardSave({str(i): a for i, a in enumerate(leaves)}),
-                progress=ocp.args.JsonSave(progress),
-            )
-            with self._warning():  # also of what became of the write before this one
-                self.manager.save(len(records), args=saved)
+        spent, steps = self.spent + time.monotonic() - self.begin, [dataclasses.asdict(r) for r in records]
+        state = ocp.args.StandardSave({str(i): a for i, a in enumerate(leaves)})
+        progress = ocp.args.JsonSave({"records": steps, "seconds": spent, "resumed": self.resumed})
+        self.manager.save(len(records), args=ocp.args.Composite(state=state, progress=progress))
 
     @contextmanager
     def _warning(self) -> Iterator[None]:
@@ -150,14 +148,10 @@ class Checkpointer(Hook):
 
     def finish(self, state: EditState, records: Sequence[StepRecord]) -> float:
         """The loop has ended: keep its result until all is exported; seconds it took in all."""
-        seconds = self.elapsed()
+        seconds = self.spent + time.monotonic() - self.begin
         self.on_state(state, records)
         self.looping = False
         return seconds
-
-    def elapsed(self) -> float:
-        """Seconds in the loop, earlier processes included."""
-        return self.spent + time.monotonic() - self.begin
 
     def latest(self) -> int | None:
         """The newest step that is saved, or None; waits for what is being written."""

@@ -19,6 +19,7 @@ from locft_jax.editing.checkpointer import Checkpointer
 from locft_jax.editing.hooks import Evaluate, Hook, StepRecord
 from locft_jax.editing.regularizers.kl import retain_batches
 from locft_jax.editing.regularizers.preconditioner import Lambdas, make_preconditioner
+from locft_jax.editing.regularizers.second_moments import Ids
 from locft_jax.editing.site import find_site, first_layer, materialize, parameters, read_site
 from locft_jax.editing.step import EditState, Hyper, Regularizers, init_state
 from locft_jax.editing.trainer import Job, Outcome, Schedule, train
@@ -40,7 +41,7 @@ class EditTask:
 
     site: tuple[str, ...]  # HF names
     corpus: Corpus  # training texts
-    retained: Sequence[Sequence[int]] = ()  # token ids of texts for the config's `preserve...` keys
+    retained: Ids = ()  # texts for the config's `preserve...` keys
     start: Mapping[str, np.ndarray] | None = None  # what the site's tensors begin with; None: the model's
     source: Source | None = None  # the corpus entering the site's lowest layer; None: made here
 
@@ -65,15 +66,9 @@ def choose_site(spec: ModelSpec, config: Config) -> tuple[str, ...]:
 
 def schedule_of(config: Config) -> Schedule:
     """The part of a config that the loop reads."""
-    return Schedule(
-        batch_size=config.batch_size,
-        epochs=config.num_epochs,
-        seed=config.seed,
-        average=config.loss_average,
-        row_length=config.row_length,
-        hyper=Hyper(config.learning_rate, config.weight_decay, config.loss_floor, config.norm_constraint),
-        pipeline=config.pipeline,
-    )
+    hyper = Hyper(config.learning_rate, config.weight_decay, config.loss_floor, config.norm_constraint)
+    order = config.batch_size, config.num_epochs, config.seed
+    return Schedule(*order, config.loss_average, config.row_length, hyper, config.pipeline)
 
 
 def encode_requests(
@@ -93,18 +88,18 @@ def encode_requests(
         if eos is None:
             raise UserError("append_eos: this model's tokenizer has no EOS token; use append_eos=false")
     prompts = training_prompts(requests, config, prefix_texts(config) if prefixes is None else prefixes)
-    counts = [len(own) for own in prompts]
     corpus = encode_pairs(
         encoder,
         [prompt for own in prompts for prompt in own],
-        [r.target_new for r, count in zip(requests, counts, strict=True) for _ in range(count)],
+        [r.target_new for r, own in zip(requests, prompts, strict=True) for _ in own],
         eos=eos,
         chat_template=config.chat_template,
         max_length=spec.max_position,
         vocab_size=spec.vocab_size,
     )
-    if max(counts, default=1) > 1:
-        corpus = dataclasses.replace(corpus, edit=np.repeat(np.arange(len(counts)), counts))
+    if len(corpus) > len(prompts):
+        edit = np.repeat(np.arange(len(prompts)), [len(own) for own in prompts])
+        corpus = dataclasses.replace(corpus, edit=edit)
     last = corpus.lengths - 1
     return dataclasses.replace(corpus, target_start=last) if config.method == "ft-l" else corpus
 
@@ -147,8 +142,8 @@ def run_edit(
         mode = cache_mode(model, len(task.corpus.tokens), layer, config)
         source = cached_source(base, task.corpus, layer, mode, model.mesh, config.row_length)
     sides, lambdas = make_preconditioner(model, task.site, config, task.retained)
-    unedited, budgets = model.with_overrides(originals(model, task.site)).params, agreed_budgets(config)
-    retain = retain_batches(unedited, model.mesh, source, config, task.retained, budgets)
+    unedited = lambda: model.with_overrides(originals(model, task.site)).params  # noqa: E731
+    retain = retain_batches(unedited(), model.mesh, source, config, task.retained, agreed_budgets(config))
 
     def exported(state: EditState) -> dict[str, np.ndarray]:
         return to_checkpoint_dtype(model.folder, materialize(state.theta, base.overrides))
@@ -160,8 +155,7 @@ def run_edit(
     job = Job(base, model.mesh, task.corpus, source, schedule_of(config), regularizers)
     outcome = train(job, state, done, hooks)
     tensors, seconds = exported(outcome.state), time.monotonic() - begin
-    if checkpointer is not None:
-        seconds = checkpointer.finish(outcome.state, outcome.records)
+    seconds = checkpointer.finish(outcome.state, outcome.records) if checkpointer else seconds
     return Edited(tensors, outcome, parameters(outcome.state.theta), source.mode, seconds, lambdas)
 
 

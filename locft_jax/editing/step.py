@@ -82,15 +82,11 @@ def precondition(sides: Mapping[str, Sides]) -> optax.GradientTransformation:
             return u - product(product(u, p.basis) * p.damp, p.basis.T)
         return product(u, p)
 
-    def update(updates: Theta, params: Theta | None = None) -> Theta:
-        found = dict(updates)
-        for name in found.keys() & sides.keys():
-            inner, outer = sides[name]
-            found[name] = times(found[name], inner)
-            found[name] = found[name] if outer is None else times(found[name].T, outer).T
-        return found
+    def both(u: jax.Array, inner: Side, outer: Side | None) -> jax.Array:
+        u = times(u, inner)
+        return u if outer is None else times(u.T, outer).T
 
-    return optax.stateless(update)
+    return optax.stateless(lambda u, _: {n: both(a, *sides[n]) if n in sides else a for n, a in u.items()})
 
 
 def make_optimizer(hyper: Hyper, sides: Mapping[str, Sides]) -> optax.GradientTransformationExtraArgs:
@@ -142,10 +138,9 @@ def train_step(
 ) -> tuple[EditState, jax.Array]:
     """One step on one packed batch -> (state, loss). With a retain batch the gradient is that of loss +
     strength x divergence; the loss, and all that looks at it, stays the edits'."""
-    retain = regularizers.retain
 
     def objective(theta: Theta) -> tuple[jax.Array, jax.Array]:
-        loss = batch_loss(theta, params, inputs, batch)
+        loss, retain = batch_loss(theta, params, inputs, batch), regularizers.retain
         if retain is None:
             return loss, loss
         edited = params.over(materialize(theta, params.overrides))

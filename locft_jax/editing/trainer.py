@@ -2,13 +2,13 @@
 (each mini-batch to convergence in turn, one pass), with hooks. The device never waits for the host: a thread
 packs and sends batches ahead, and a step is dispatched before the loss of the one before it is read."""
 
+import collections
 import contextlib
 import dataclasses
 import itertools
 import math
-import queue
-import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from locft_jax.model.weights import Params
 
 
 class NonFiniteLoss(FloatingPointError):
-    """A loss was NaN or infinite; the message names epoch, step and batch."""
+    """A loss is NaN or infinite; the message names epoch, step and batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ def run_shape(corpus: Corpus, schedule: Schedule, mesh: Mesh) -> Shape:
 
 
 def _resume_point(schedule: Schedule, done: Sequence[StepRecord]) -> tuple[int, int]:
-    """Where a run continues after these steps: (visit, steps made on its mini-batch)."""
+    """Where a run resumes after these steps: (visit, steps made on its mini-batch)."""
     if schedule.pipeline == "breadth" or not done:
         return len(done), 0
     visit = done[-1].epoch
@@ -114,37 +114,15 @@ def batches(job: Job, first: int) -> Iterator[tuple[Visit, Inputs, Batch, Regula
 
 def ahead(items: Iterator[Any], depth: int = 2) -> Generator[Any, None, None]:
     """Run an iterator in a thread, `depth` items ahead; the reader gets its exceptions, closing stops it."""
-    ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def offer(message: tuple[str, Any]) -> None:
-        while not stop.is_set():
-            with contextlib.suppress(queue.Full):
-                return ready.put(message, timeout=0.1)
-
-    def work() -> None:
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = collections.deque(pool.submit(next, items, end) for _ in range(depth))
         try:
-            for item in items:
-                if stop.is_set():
-                    return
-                offer(("item", item))
-            offer(("end", None))
-        except BaseException as e:  # handed over, raised in the reader
-            offer(("error", e))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value = ready.get()
-            if kind == "error":
-                raise value
-            if kind == "end":
-                return
-            yield value
-    finally:
-        stop.set()
-        thread.join()
+            while (item := coming.popleft().result()) is not end:
+                coming.append(pool.submit(next, items, end))
+                yield item
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 class _Log:
@@ -158,16 +136,15 @@ class _Log:
     def steps(self) -> int:
         return len(self.records) + (self.pending is not None)
 
-    def dispatched(self, visit: Visit, loss: jax.Array) -> None:
-        """A step has been dispatched: the device is busy with it while the one before it is read."""
-        self.read()
-        self.pending = visit, loss
+    def read(self, dispatched: tuple[Visit, jax.Array] | None = None) -> None:
+        """Wait for the loss of the step that was dispatched last, and record it, while the device is busy
+        with the one `dispatched` now."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            self._record(*pending)
+        self.pending = dispatched
 
-    def read(self) -> None:
-        """Wait for the loss of the step that was dispatched last, and record it."""
-        if self.pending is None:
-            return
-        (visit, loss), self.pending = self.pending, None
+    def _record(self, visit: Visit, loss: jax.Array) -> None:
         value, which, corpus = float(jax.device_get(loss)), visit.which, self.job.corpus
         if not math.isfinite(value):
             what = "mini-batch" if self.job.schedule.pipeline == "depth" else "epoch"
@@ -211,14 +188,12 @@ def train(job: Job, state: EditState, done: Sequence[StepRecord] = (), hooks: Se
                 state = EditState(state.theta, fresh())
             for n in range(made, visit.steps):
                 state, loss = train_step(hyper, state, job.params, *inputs, regularizers)
-                log.dispatched(visit, loss)
+                log.read((visit, loss))
                 if depth:  # the loss says which step comes next
                     log.read()
                 complete = visit.last and (not depth or log.records[-1].skipped or n + 1 == visit.steps)
-                due = [h for h in hooks if h.due(log.steps, visit.round + 1 if complete else None)]
-                if due:
+                for hook in [h for h in hooks if h.due(log.steps, visit.round + 1 if complete else None)]:
                     log.read()
-                for hook in due:
                     hook.on_state(state, log.records)
                 if depth and complete:
                     break

@@ -37,18 +37,11 @@ def expected(params: Params, inputs: Inputs, batch: Batch) -> tuple[jax.Array, j
 def retain_batches(
     base: Params, mesh: Mesh, edits: Source, config: Config, ids: Ids, budgets: tuple[float, float]
 ) -> Callable[[int], RetainBatch | None]:
-    """Number of the edits' mini-batch -> the retain batch beside it, on the mesh (None when off): number v
-    mod (how many there are), so that a run that resumes meets what it would have met.
-
-    Args:
-        base: what the edit begins from, int8 or not.
-        mesh: where its weights are.
-        edits: the edits' own source, whose layer is used.
-        config: its `preserve_kl`, `preserve_tokens`, `row_length`, `seed`.
-        ids: the retained texts, of which the first `row_length` tokens count (with preserve_tokens=last the
-            last ones). What follows a text's last token is a target too (with last: alone).
-        budgets: bytes (a device, host) for their activations, as in `choose_mode`.
-    """
+    """Number of the edits' mini-batch -> the retain batch beside it, on the mesh (None when off): in turn, so
+    that a run that resumes meets what it would have met. `base`: what the edit begins from; `edits`: the
+    edits' own source, whose layer is used; `ids`: the retained texts, of which the first `row_length` tokens
+    count (with preserve_tokens=last the last ones), and what follows a text's last token is a target too
+    (with last: alone); `budgets`: bytes (a device, host) for their activations, as in `choose_mode`."""
     if not config.preserve_kl:
         return lambda visit: None
     rng = np.random.default_rng([config.seed, len(ids)])

@@ -57,16 +57,14 @@ def strength_of(config: Config) -> float | None:
 
 def describe(config: Config, lambdas: Lambdas) -> dict[str, Any] | None:
     """Method, strength, lambdas, weight of the divergence and source, for reports and deltas; or None."""
-    if not preserves(config):
-        return None
-    return {
+    return None if not preserves(config) else {
         "method": config.preserve,
         "strength": strength_of(config) if config.preserve != "none" else None,
         "lambda": lambdas or None,
         "kl": config.preserve_kl or None,
         "source": source_of(config),
         "tokens": config.preserve_tokens,
-    }
+    }  # fmt: skip
 
 
 def check_preserve(spec: ModelSpec, site: Sequence[str], config: Config) -> None:
@@ -91,29 +89,22 @@ def lambda_of(moment: np.ndarray | Leading, strength: float) -> float:
 
 
 def input_matrix(moment: np.ndarray | Leading, method: str, strength: float) -> np.ndarray | LowRank:
-    """P of C, or of G, of one shape, float32 (module docstring); computed in float64."""
+    """P of C, or of G, of one shape, float32 (module docstring); computed in float64. Of a wide moment `null`
+    takes out all that is known where it holds less than the share `strength` of the trace."""
+    scale = lambda_of(moment, strength) or 1
     if isinstance(moment, Leading):
-        return low_rank(moment, method, strength)
+        values = moment.values
+        held = (np.cumsum(values) - values < strength * moment.trace).astype(np.float64)
+        damp = held if method == "null" else values / (values + scale)
+        return LowRank(moment.vectors, damp.astype(np.float32))
     c = np.asarray(moment, np.float64)
     if method != "null":  # an inverse, which takes a tenth of the time of an eigh
-        scale = lambda_of(c, strength)
-        return np.linalg.inv(np.eye(len(c)) + c / (scale or 1)).astype(np.float32)
+        return np.linalg.inv(np.eye(len(c)) + c / scale).astype(np.float32)
     values, vectors = np.linalg.eigh(c)
     values = np.maximum(values, 0)
     above = np.cumsum(values[::-1])[::-1] - values  # trace held by the larger ones
     kept = vectors[:, above >= strength * values.sum()]
     return (kept @ kept.T).astype(np.float32)
-
-
-def low_rank(moment: Leading, method: str, strength: float) -> LowRank:
-    """`input_matrix` of a wide moment: `null` takes out all that is known where it holds less than the share
-    `strength` of the trace."""
-    values = moment.values
-    if method != "null":
-        damp = values / (values + (lambda_of(moment, strength) or 1))
-    else:
-        damp = (np.cumsum(values) - values < strength * moment.trace).astype(np.float64)
-    return LowRank(moment.vectors, damp.astype(np.float32))
 
 
 def side_shardings(mesh: Mesh, spec: ModelSpec, name: str) -> tuple[NamedSharding, NamedSharding]:

@@ -138,8 +138,7 @@ class _Texts:
 
 
 def _means(sums: Callable[[jax.Array, Batch], dict[Place, Any]], texts: _Texts) -> dict[Place, Any]:
-    """`sums` (of the corpus's tokens, and a batch of it) added up over all texts, per token that counts, in
-    one pass."""
+    """`sums` (of the corpus's tokens, and a batch of it) in one pass over all texts, per counted token."""
     # A batch does not read a text's last token, so each gets one more.
     longer, starts = [[*ids, ids[-1]] for ids in texts.ids], [len(ids) for ids in texts.ids]
     corpus, data = packing.corpus_from_lists(longer, starts), texts.mesh.shape["data"]

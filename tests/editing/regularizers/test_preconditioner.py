@@ -18,7 +18,6 @@ from locft_jax.editing.regularizers import second_moments
 from locft_jax.editing.regularizers.preconditioner import (
     input_matrix,
     lambda_of,
-    low_rank,
     make_preconditioner,
     strength_of,
 )
@@ -152,8 +151,8 @@ def test_a_low_rank_update_is_the_product_with_its_matrix():
         Leading(np.linalg.qr(rng.standard_normal((n, 3)))[0].astype(np.float32), np.array([5.0, 2, 1]), 9.0)
         for n in (7, 5)
     ]
-    inner, outer = (low_rank(own, "kfac", 4) for own in known)
-    assert low_rank(known[0], "null", 0.6).damp.tolist() == [1, 1, 0]  # 5 of 9 are not enough, 7 are
+    inner, outer = (input_matrix(own, "kfac", 4) for own in known)
+    assert input_matrix(known[0], "null", 0.6).damp.tolist() == [1, 1, 0]  # 5 of 9 are not enough, 7 are
     dense = [np.eye(len(p.basis)) - (p.basis * p.damp) @ p.basis.T for p in (inner, outer)]
     optimizer = make_optimizer(Hyper(0.1, 0.0, 0.0), {"w": (inner, outer)})
     plain = make_optimizer(Hyper(0.1, 0.0, 0.0), {})
