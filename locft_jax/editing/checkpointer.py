@@ -118,8 +118,8 @@ class Checkpointer(Hook):
         if new and fetch(all_finite(state)):
             leaves = jax.tree.leaves(state)
             leaves = list(map(fetch, leaves)) if distributed.several() else leaves
-            if self.manager:
-                with self._warning():  # also of what became of the write before this one
+            with self._warning():  # also of what became of the write before this one
+                if self.manager:
                     self._save(leaves, records)
         self.saved_at = time.monotonic()
         if self.stop:
@@ -155,8 +155,8 @@ class Checkpointer(Hook):
 
     def latest(self) -> int | None:
         """The newest step that is saved, or None; waits for what is being written."""
-        if self.manager:
-            with self._warning():
+        with self._warning():
+            if self.manager:
                 self.manager.wait_until_finished()
         return max(saved_steps(self.folder), default=None)
 

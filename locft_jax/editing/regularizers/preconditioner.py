@@ -49,10 +49,9 @@ Lambdas = dict[str, dict[str, float]]  # HF name -> {"inputs": lambda, "outputs"
 
 def strength_of(config: Config) -> float | None:
     """The config's strength, or the method's default; None without a method."""
-    if config.preserve_strength is not None:
-        return config.preserve_strength
     prompts = (config.preserve, config.preserve_tokens) == ("soft", "last")
-    return LAST_STRENGTH if prompts else DEFAULT_STRENGTH.get(config.preserve)
+    default = LAST_STRENGTH if prompts else DEFAULT_STRENGTH.get(config.preserve)
+    return default if config.preserve_strength is None else config.preserve_strength
 
 
 def describe(config: Config, lambdas: Lambdas) -> dict[str, Any] | None:

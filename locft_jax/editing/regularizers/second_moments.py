@@ -42,6 +42,7 @@ Moment = jax.Array | Leading
 Moments = dict[str, Moment]  # HF tensor name -> C [in, in] or G [out, out], float32
 Place = tuple[int, str]  # layer, and a key (outputs) or a value (inputs) of INPUTS
 Ids = Sequence[Sequence[int]]  # token ids of texts
+Sums = dict[Place, Any]
 Bases = Mapping[Place, jax.Array]  # [width, k], of wide places
 
 
@@ -90,7 +91,7 @@ def _squares(x: jax.Array, used: jax.Array, basis: jax.Array | None) -> jax.Arra
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _input_sums(
     wanted: tuple[Place, ...], last: bool, params: Params, bases: Bases, tokens: jax.Array, batch: Batch
-) -> dict[Place, Any]:
+) -> Sums:
     """Sums of x x^T over a batch's tokens as in `_squares`, for the wanted (layer, value of INPUTS)."""
     _, found = _walk(params, tokens[batch.index], batch.rows, sorted({l for l, _ in wanted}), {})
     return {at: _squares(found[at], _counts(batch, last), bases.get(at)) for at in wanted}
@@ -105,7 +106,7 @@ def _output_sums(
     bases: Bases,
     tokens: jax.Array,
     batch: Batch,
-) -> dict[Place, Any]:
+) -> Sums:
     """Sums of g g^T over a batch's tokens as in `_squares`, for the wanted (layer, key of INPUTS). A token's
     label is drawn from what the model expects after it, by its place in the corpus."""
     spec, used = params.spec, _counts(batch, last)
@@ -131,27 +132,25 @@ class _Texts:
     """What a pass reads."""
 
     ids: Ids
-    mesh: Mesh
     row_length: int
     rows: int  # of a batch, at most
     last: bool  # only a text's last token counts
 
 
-def _means(sums: Callable[[jax.Array, Batch], dict[Place, Any]], texts: _Texts) -> dict[Place, Any]:
+def _means(sums: Callable[[jax.Array, Batch], Sums], mesh: Mesh, texts: _Texts) -> Sums:
     """`sums` (of the corpus's tokens, and a batch of it) in one pass over all texts, per counted token."""
     # A batch does not read a text's last token, so each gets one more.
     longer, starts = [[*ids, ids[-1]] for ids in texts.ids], [len(ids) for ids in texts.ids]
-    corpus, data = packing.corpus_from_lists(longer, starts), texts.mesh.shape["data"]
+    corpus, data = packing.corpus_from_lists(longer, starts), mesh.shape["data"]
     length, rows = packing.even_rows(corpus, texts.row_length, texts.rows, data)
     batches = list(packing.sequential_batches(corpus, rows, length))
     shape = packing.fit_shape(corpus, batches, length, data)
-    tokens = place(corpus.tokens, replicated(texts.mesh))
-    total: dict[Place, Any] | None = None
+    tokens, total = place(corpus.tokens, replicated(mesh)), Sums()
     for which in batches:
         batch = packing.pack(corpus, which, shape)
         assert batch is not None, "fit_shape saw every batch"
-        own = sums(tokens, place_batch(batch, texts.mesh))
-        total = own if total is None else jax.tree.map(jnp.add, total, own)
+        own = sums(tokens, place_batch(batch, mesh))
+        total = jax.tree.map(jnp.add, total, own) if total else own
         # One batch at a time: CPU devices queue 32 programs at most, then can wait for each other for ever.
         jax.block_until_ready(total)
     count = len(texts.ids) if texts.last else max(1, sum(starts) - len(texts.ids))
@@ -159,17 +158,19 @@ def _means(sums: Callable[[jax.Array, Batch], dict[Place, Any]], texts: _Texts) 
 
 
 def _moments(
-    sums: Callable[..., dict[Place, Any]], widths: Mapping[Place, int], texts: _Texts
-) -> dict[Place, Moment]:
-    """The moments at places of these widths; `sums` takes the places, their bases, tokens and a batch."""
+    sums: Callable[..., Sums], model: Model, places: Mapping[str, Place], axis: int, texts: _Texts
+) -> Moments:
+    """The moments at the places of tensors, at inputs (axis 1) or outputs (0); `sums` takes places, bases,
+    tokens and a batch."""
+    widths = {at: locate_tensor(model.spec, name)[0].shape[axis] for name, at in places.items()}
     exact = tuple(sorted(at for at, width in widths.items() if width <= EXACT))
     wide = tuple(sorted(widths.keys() - set(exact)))
-    found: dict[Place, Moment] = _means(functools.partial(sums, exact, {}), texts) if exact else {}
+    found = _means(functools.partial(sums, exact, {}), model.mesh, texts) if exact else {}
     rng = np.random.default_rng(0)
     bases = {at: _orthonormal(rng.standard_normal((widths[at], min(RANK, widths[at])))) for at in wide}
     for at_pass in range(PASSES if wide else 0):
-        placed = {at: place(basis, replicated(texts.mesh)) for at, basis in bases.items()}
-        for at, own in _means(functools.partial(sums, wide, placed), texts).items():
+        placed = {at: place(basis, replicated(model.mesh)) for at, basis in bases.items()}
+        for at, own in _means(functools.partial(sums, wide, placed), model.mesh, texts).items():
             product = fetch(own["product"]).astype(np.float64)
             if at_pass < PASSES - 1:
                 bases[at] = _orthonormal(product)
@@ -178,7 +179,7 @@ def _moments(
             values, vectors = np.linalg.eigh((small + small.T) / 2)
             leading = (bases[at] @ vectors[:, ::-1]).astype(np.float32)
             found[at] = Leading(leading, np.maximum(values[::-1], 0), float(fetch(own["trace"])))
-    return found
+    return {name: found[at] for name, at in places.items()}
 
 
 def _orthonormal(a: np.ndarray) -> np.ndarray:
@@ -196,19 +197,15 @@ def second_moments(
 ) -> Moments:
     """C = E[x x^T] [in, in], float32, over the tokens of texts (token ids), or over the `last` token of each,
     for every matrix of the site in a layer, `Leading` where it is wide; matrices with one input share one."""
-    params, texts = model.params, _Texts(ids, model.mesh, row_length, ROWS, last)
-    keys = {n: (l, INPUTS[m]) for n, (l, m) in matrices_of(params.spec, site).items()}
-    widths = {at: locate_tensor(params.spec, name)[0].shape[1] for name, at in keys.items()}
-    found = _moments(lambda wanted, *rest: _input_sums(wanted, last, params, *rest), widths, texts)
-    return {name: found[at] for name, at in keys.items()}
+    places = {n: (l, INPUTS[m]) for n, (l, m) in matrices_of(model.spec, site).items()}
+    sums = lambda wanted, *rest: _input_sums(wanted, last, model.params, *rest)  # noqa: E731
+    return _moments(sums, model, places, 1, _Texts(ids, row_length, ROWS, last))
 
 
 def gradient_moments(
     model: Model, site: Sequence[str], ids: Ids, row_length: int, seed: int, last: bool = False
 ) -> Moments:
     """G = E[g g^T] [out, out], float32, of the gradients at the same tokens; `seed`: of the drawn labels."""
-    params, texts = model.params, _Texts(ids, model.mesh, row_length, LABEL_ROWS, last)
-    keys, draw = matrices_of(params.spec, site), jax.random.key(seed)
-    widths = {at: locate_tensor(params.spec, name)[0].shape[0] for name, at in keys.items()}
-    found = _moments(lambda wanted, *rest: _output_sums(wanted, last, draw, params, *rest), widths, texts)
-    return {name: found[at] for name, at in keys.items()}
+    places, draw = matrices_of(model.spec, site), jax.random.key(seed)
+    sums = lambda wanted, *rest: _output_sums(wanted, last, draw, model.params, *rest)  # noqa: E731
+    return _moments(sums, model, places, 0, _Texts(ids, row_length, LABEL_ROWS, last))
