@@ -9,6 +9,7 @@ edited = model.apply(result.delta)
 """
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -111,7 +112,8 @@ def edit_prepared(
     if questions and before and config.eval_every:
         dynamics = Dynamics(model, questions, before, config.row_length, cache)
         if checkpointer:
-            dynamics.lines, dynamics.keep = checkpointer.kept_dynamics() or [], checkpointer.keep_dynamics
+            dynamics.lines = checkpointer.kept("dynamics") or []
+            dynamics.keep = functools.partial(checkpointer.keep, "dynamics")
     per_epoch = -(-corpus.edits // config.batch_size)
     with Bar("editing", per_epoch * config.num_epochs, show) as bar:
         what = "epoch" if config.pipeline == "breadth" else "mini-batch"
@@ -147,7 +149,7 @@ def _before(
 ) -> tuple[Answers, float, ProbeCache | None]:
     """The unedited model's answers, the seconds they took, and room for what the passes after it can share,
     `beside` the activations of so many training tokens."""
-    if checkpointer and (kept := checkpointer.kept_before()):
+    if checkpointer and (kept := checkpointer.kept("before")):
         return Answers(**kept["answers"]), kept["seconds"], None
     config, questions, site = prepared.config, prepared.questions, prepared.site
     assert questions is not None
@@ -158,7 +160,7 @@ def _before(
     cache = probe_cache(model, questions, layer, config.activation_cache, beside, budgets)
     answers, seconds = _ask(unedited, questions, None, config, "before", show, cache)
     if checkpointer:
-        checkpointer.keep_before({"answers": dataclasses.asdict(answers), "seconds": seconds})
+        checkpointer.keep("before", {"answers": dataclasses.asdict(answers), "seconds": seconds})
     return answers, seconds, cache
 
 

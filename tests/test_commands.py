@@ -452,7 +452,7 @@ def test_a_disk_that_fills_up_leaves_what_was_there(edit_arguments, tmp_path, mo
     assert {n: b for n, b in after.items() if "/checkpoint/" not in n} == before
     shown = capsys.readouterr().err
     assert shown.count("failed: [Errno 28] No space left on device") == 2 and "Traceback" not in shown
-    assert shown.count("the same command with --resume goes on from there") == 2
+    assert shown.count("the same command with --resume resumes from there") == 2
 
     monkeypatch.undo()
     assert run_command(edit, [*edit_arguments(tmp_path / "new", **QUICK), "--resume"]) == 0

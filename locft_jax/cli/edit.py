@@ -18,7 +18,7 @@ from locft_jax.config import Config, load_config
 from locft_jax.data.requests import read_requests
 from locft_jax.data.streaming import Earlier, extend, read_earlier, streaming_report, to_record
 from locft_jax.editing.checkpointer import Checkpointer, guarded, open_run
-from locft_jax.editing.hooks import Hook, Profile, metrics_hook
+from locft_jax.editing.hooks import Hook, Metrics, Profile
 from locft_jax.editing.run import last_delta
 from locft_jax.editing.site import first_layer
 from locft_jax.errors import UserError
@@ -66,7 +66,7 @@ def carry_out(args: argparse.Namespace) -> None:
     distributed.agree(run | {"tokens": corpus and hashlib.sha256(corpus.tokens.tobytes()).hexdigest()})
     if distributed.from_first(over):
         return console.print(plain(f"{store or out}/ holds this run, finished: nothing to resume"))
-    checkpointer = open_run(out, config.checkpoint_every, run, args.resume)
+    checkpointer = Checkpointer(open_run(out, run, args.resume), config.checkpoint_every)
     distributed.agree(last=True)
     for note in prepared.notes:
         log.warning(note)
@@ -77,7 +77,7 @@ def carry_out(args: argparse.Namespace) -> None:
         begin = time.monotonic()
         model = prepared.load()
         loaded = time.monotonic() - begin
-        hooks: list[Hook] = [metrics_hook(name, checkpointer.folder / name) for name in config.report_to]
+        hooks: list[Hook] = [Metrics(name, checkpointer.folder / name) for name in config.report_to]
         hooks = [*hooks, *([Profile(args.profile)] if args.profile else [])] if first else []
         result = api.edit_prepared(model, prepared, checkpointer=checkpointer, hooks=hooks, show=True)
         if not first:

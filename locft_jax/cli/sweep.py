@@ -99,7 +99,7 @@ def measure_jobs(jobs: list[Job], lines: dict[str, Line], folder: Path, console:
         if held is None or held[0] != key:
             held = None
             held = key, job.prepared.load()
-        with resumable(folder, lambda: f"the {len(lines)} runs finished" if lines else None):
+        with resumable(folder, lambda: f"the {len(lines)} runs finished so far" if lines else None):
             line = measure(held[1], job)
         if distributed.first():
             append_jsonl(folder / "runs.jsonl", line)

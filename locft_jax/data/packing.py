@@ -1,10 +1,6 @@
-"""Texts -> token arrays -> packed batches. numpy only; no Python object per edit in the loop.
-
-A corpus is flat: all tokens of all examples end to end. A packed batch never holds tokens, only
-*indices* into the flat corpus, so that the same batch reads token ids or cached activations.
-
-Letters: B rows, T positions of a row, M target positions, W target positions of one row.
-"""
+"""Texts -> token arrays -> packed batches. numpy only; no Python object per edit in the loop. A packed batch
+never holds tokens, only *indices* into the flat corpus, so that the same batch reads token ids or cached
+activations. Letters: B rows, T positions of a row, M target positions, W target positions of one row."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -50,9 +46,8 @@ class Corpus:
         if self.edit is None:
             return edits
         first = np.searchsorted(self.edit, np.arange(self.edits + 1))
-        counts = np.diff(first)[edits]
-        before = np.cumsum(counts) - counts
-        return np.repeat(first[edits] - before, counts) + np.arange(counts.sum())
+        of, nth = _spread(np.diff(first)[edits])
+        return first[edits][of] + nth
 
     def take(self, which: np.ndarray) -> "Corpus":
         """The examples `which`, in that order."""
@@ -104,15 +99,13 @@ class Shape:
 
 def corpus_from_lists(parts: Sequence[Any], target_start: Any, boundary_merges: int = 0) -> Corpus:
     """Token lists and where each one's target begins -> Corpus."""
-    lengths = np.fromiter((len(p) for p in parts), np.int64, len(parts))
-    tokens = np.concatenate([np.asarray(p, np.int32) for p in parts]) if len(parts) else np.zeros(0, np.int32)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = np.concatenate([np.zeros(0, np.int32), *(np.asarray(p, np.int32) for p in parts)])
+    offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
     return Corpus(tokens, offsets, np.asarray(target_start, np.int64), boundary_merges)
 
 
 def assign_rows(lengths: np.ndarray, row_length: int, rows: int) -> np.ndarray | None:
-    """Best-fit-decreasing packing of examples [N] into `rows` rows: the row of each, or None when
-    they do not fit."""
+    """Best-fit-decreasing packing of examples [N] into `rows` rows: the row of each, or None."""
     room = np.full(rows, row_length, np.int64)
     row = np.empty(len(lengths), np.int64)
     for i in np.argsort(-lengths, kind="stable"):
@@ -120,15 +113,18 @@ def assign_rows(lengths: np.ndarray, row_length: int, rows: int) -> np.ndarray |
         best = int(np.argmin(np.where(left >= 0, left, row_length + 1)))
         if left[best] < 0:
             return None
-        room[best] = left[best]
-        row[i] = best
+        room[best], row[i] = left[best], best
     return row
 
 
 def few_sizes(size: int, least: int = 1, bits: int = 3) -> int:
     """`size` rounded up to so many significant bits (3: at most a quarter too large): few shapes."""
     size = max(size, least)
-    unit = 1 << max(0, size.bit_length() - bits)
+    return _up(size, 1 << max(0, size.bit_length() - bits))
+
+
+def _up(size: int, unit: int) -> int:
+    """`size` rounded up to a multiple of `unit`."""
     return -(-size // unit) * unit
 
 
@@ -140,31 +136,19 @@ def rows_needed(lengths: np.ndarray, row_length: int) -> int:
     return rows
 
 
-def _running(starts: np.ndarray) -> np.ndarray:
-    """For every element [n] the index of the latest start (bool [n]) at or before it."""
-    return np.maximum.accumulate(np.where(starts, np.arange(len(starts)), 0))
-
-
-def _new(values: np.ndarray) -> np.ndarray:
-    """Which of sorted values [n] differ from the one before (the first does)."""
-    return np.concatenate([np.ones(min(1, len(values)), bool), np.diff(values) != 0])
-
-
 def _spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Counts [n] -> of each of their sum: (which of the n it belongs to, its number among those)."""
     of = np.repeat(np.arange(len(counts)), counts)
     return of, np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def _within_rows(row: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each example [n] begins in its row, and its number there from 1 on: examples of one row follow
-    each other in their given order."""
-    order = np.argsort(row, kind="stable")
-    before, first = np.cumsum(lengths[order]) - lengths[order], _new(row[order])
-    begin, segment = np.empty(len(row), np.int64), np.empty(len(row), np.int64)
-    begin[order] = before - np.maximum.accumulate(np.where(first, before, 0))
-    segment[order] = np.arange(len(row)) - _running(first) + 1
-    return begin, segment
+def _before(group: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Of each element [n] the sum of the sizes of those before it in its group (a number >= 0)."""
+    order = np.argsort(group, kind="stable")
+    total, first = np.cumsum(sizes[order]) - sizes[order], np.diff(group[order], prepend=-1) != 0
+    before = np.empty(len(group), np.int64)
+    before[order] = total - np.maximum.accumulate(np.where(first, total, 0))
+    return before
 
 
 def _target_weights(corpus: Corpus, which: np.ndarray, of: np.ndarray, average: str) -> np.ndarray:
@@ -179,14 +163,14 @@ def _target_weights(corpus: Corpus, which: np.ndarray, of: np.ndarray, average: 
 
 
 def pack(corpus: Corpus, which: np.ndarray, shape: Shape, average: str = "example") -> Batch | None:
-    """Examples `which` [n] of the corpus packed into one batch of a fixed shape, or None when they
-    do not fit it. `average`: `example` weighs every edit 1 / n, `token` every target token
-    alike; the examples of one edit share its weight."""
+    """Examples `which` [n] of the corpus packed into one batch of a fixed shape, or None when they do not fit
+    it. `average`: `example` weighs every edit 1 / n, `token` every target token alike; the examples of one
+    edit share its weight."""
     lengths, counts = corpus.read_lengths[which], corpus.target_lengths[which]
     row = assign_rows(lengths, shape.length, shape.rows)
     if row is None or counts.sum() > shape.targets:
         return None
-    begin, segment = _within_rows(row, lengths)
+    begin, segment = _before(row, lengths), _before(row, np.ones_like(row)) + 1
     own, inside = _spread(lengths)  # of each token
     place = row[own] * shape.length + begin[own] + inside
     index, segments, positions = (np.zeros(shape.rows * shape.length, np.int32) for _ in range(3))
@@ -195,9 +179,7 @@ def pack(corpus: Corpus, which: np.ndarray, shape: Shape, average: str = "exampl
     positions[place] = inside
 
     of, nth = _spread(counts)  # of each target
-    inner = corpus.target_start[which][of] + nth
-    slot, by_row = np.zeros(len(of), np.int64), np.argsort(row[of], kind="stable")
-    slot[by_row] = np.arange(len(of)) - _running(_new(row[of][by_row]))
+    inner, slot = corpus.target_start[which][of] + nth, _before(row[of], np.ones_like(of))
     if len(of) and slot.max() >= shape.row_targets:
         return None
     of_row = np.zeros((shape.rows, shape.row_targets), np.int32)
@@ -208,7 +190,7 @@ def pack(corpus: Corpus, which: np.ndarray, shape: Shape, average: str = "exampl
         out[: len(of)] = values
         return out
 
-    grid = (shape.rows, shape.length)
+    grid = shape.rows, shape.length
     at = row[of] * shape.length + begin[of] + inner - 1
     return Batch(
         index=index.reshape(grid),
@@ -222,48 +204,40 @@ def pack(corpus: Corpus, which: np.ndarray, shape: Shape, average: str = "exampl
 
 def fit_shape(corpus: Corpus, batches: Sequence[np.ndarray], row_length: int, multiple: int = 1) -> Shape:
     """The smallest shape (rows a multiple of `multiple`) that holds every one of `batches`."""
-    longest = int(corpus.read_lengths.max())
-    length = max(row_length, -(-longest // 8) * 8)
-    rows = max(rows_needed(corpus.read_lengths[b], length) for b in batches)
-    rows = -(-rows // multiple) * multiple
+    length = max(row_length, _up(int(corpus.read_lengths.max()), 8))
+    rows = _up(max(rows_needed(corpus.read_lengths[b], length) for b in batches), multiple)
     targets = max(int(corpus.target_lengths[b].sum()) for b in batches)
     widest = 1
     for b in batches:
         row = assign_rows(corpus.read_lengths[b], length, rows)
         assert row is not None
         widest = max(widest, int(np.bincount(row, corpus.target_lengths[b]).max()))
-    return Shape(rows, length, -(-targets // 16) * 16, min(length, -(-widest // 8) * 8))
+    return Shape(rows, length, _up(targets, 16), min(length, _up(widest, 8)))
 
 
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> Iterator[np.ndarray]:
-    """One epoch: a shuffle of `count` examples in mini-batches, the short last one kept. Every epoch
-    has its own random state, so that any of them can be made again by itself."""
+    """One epoch: a shuffle of `count` examples in mini-batches, the short last one kept. Every epoch has its
+    own random state, so that any of them can be made again by itself."""
     order = np.random.default_rng([seed, epoch]).permutation(count)
-    for start in range(0, count, batch_size):
-        yield order[start : start + batch_size]
+    return (order[start : start + batch_size] for start in range(0, count, batch_size))
 
 
 def even_rows(corpus: Corpus, row_length: int, most: int, multiple: int = 1) -> tuple[int, int]:
-    """(length, rows) of the batches of a pass that reads all examples once: at most about `most` rows
-    each, about equally many, a multiple of `multiple`."""
-    length = max(row_length, -(-int(corpus.read_lengths.max()) // 8) * 8)
-    needed = (
-        rows_needed(corpus.read_lengths, length)
-        if len(corpus) < 1024
-        else -(-int(corpus.read_lengths.sum()) // length)
-    )
-    rows = few_sizes(-(-needed // -(-needed // most)))
-    return length, -(-rows // multiple) * multiple
+    """(length, rows) of the batches of a pass that reads all examples once: at most about `most` rows each,
+    about equally many, a multiple of `multiple`."""
+    length = max(row_length, _up(int(corpus.read_lengths.max()), 8))
+    needed = -(-int(corpus.read_lengths.sum()) // length)
+    if len(corpus) < 1024:
+        needed = rows_needed(corpus.read_lengths, length)
+    return length, _up(few_sizes(-(-needed // -(-needed // most))), multiple)
 
 
 def sequential_batches(corpus: Corpus, rows: int, length: int) -> Iterator[np.ndarray]:
     """Every example once, by length, as many a batch as `rows` rows of `length` tokens hold."""
-    order = np.argsort(-corpus.read_lengths, kind="stable")
-    ends = np.cumsum(corpus.read_lengths[order])
-    start = 0
+    order, start = np.argsort(-corpus.read_lengths, kind="stable"), 0
+    ends = np.append(0, np.cumsum(corpus.read_lengths[order]))
     while start < len(order):
-        used = ends[start - 1] if start else 0
-        n = int(np.searchsorted(ends, used + rows * length, "right")) - start
+        n = int(np.searchsorted(ends[1:], ends[start] + rows * length, "right")) - start
         while assign_rows(corpus.read_lengths[order[start : start + n]], length, rows) is None:
             n -= max(1, n // 64)
         yield order[start : start + n]

@@ -1,5 +1,5 @@
-"""What the training loop calls: progress, metrics, evaluation in between, a profile. Checkpoints are one more
-(editing/checkpointer.py). A hook of one's own overrides what it needs of `Hook`."""
+"""What the training loop calls: progress, metrics, evaluation in between, a profile; checkpoints too
+(checkpointer.py). A hook of one's own overrides what it needs of `Hook`."""
 
 import dataclasses
 import time
@@ -15,15 +15,14 @@ from locft_jax.logs import Bar
 
 @dataclasses.dataclass(frozen=True)
 class StepRecord:
-    """One line of steps.jsonl. `epoch`: depth-first, the number of the mini-batch. `tokens` counts useful
-    tokens, not padding."""
+    """One line of steps.jsonl."""
 
-    epoch: int
+    epoch: int  # depth-first, the number of the mini-batch
     step: int
     loss: float
     skipped: bool
     examples: int
-    tokens: int
+    tokens: int  # without padding
 
 
 class Hook:
@@ -57,48 +56,40 @@ class Progress(Hook):
         self.bar.skip(len(done))
 
     def on_step(self, record: StepRecord) -> None:
-        rate = self.bar.rate() * self.edits_per_step
-        note = f"{self.round_name} {record.epoch + 1}, loss {record.loss:.4f}, {rate:.0f} edits/s"
-        self.bar.advance(1, note)
+        where, rate = f"{self.round_name} {record.epoch + 1}", self.bar.rate() * self.edits_per_step
+        self.bar.advance(1, f"{where}, loss {record.loss:.4f}, {rate:.0f} edits/s")
 
 
 class Metrics(Hook):
-    """Loss, skipped steps and tokens per second of every step to a TensorBoard or W&B run (`report_to`)."""
+    """Loss, skipped steps and tokens per second of every step, to `folder` (`tensorboard`, which needs no
+    TensorFlow) or to the W&B project `locft-jax` (`wandb`)."""
 
-    def __init__(self, write: Callable[[dict[str, float], int], None], close: Callable[[], None]) -> None:
-        self.write, self.close, self.begin = write, close, time.monotonic()
+    def __init__(self, report_to: str, folder: Path) -> None:
+        self.writer: Any = None
+        if report_to == "wandb":
+            import wandb
+
+            self.run = wandb.init(project="locft-jax", dir=str(folder))
+        else:
+            from tensorboardX import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder))
 
     def on_start(self, done: Sequence[StepRecord]) -> None:
         self.begin = time.monotonic()
 
     def on_step(self, record: StepRecord) -> None:
-        now = time.monotonic()
-        rate = record.tokens / max(1e-9, now - self.begin)
-        self.begin = now
+        before, self.begin = self.begin, time.monotonic()
         figures = {"loss": record.loss, "epoch": record.epoch, "skipped": float(record.skipped)}
-        self.write({**figures, "tokens_per_second": rate}, record.step)
+        figures["tokens_per_second"] = record.tokens / max(1e-9, self.begin - before)
+        if self.writer is None:
+            self.run.log(figures, step=record.step)
+            return
+        for name, value in figures.items():
+            self.writer.add_scalar(f"edit/{name}", value, record.step)
 
     def on_end(self) -> None:
-        self.close()
-
-
-def metrics_hook(report_to: str, folder: Path) -> Metrics:
-    """The hook that writes to `folder` (`tensorboard`, which needs no TensorFlow) or to the W&B project
-    `locft-jax` (`wandb`)."""
-    if report_to == "wandb":
-        import wandb
-
-        run = wandb.init(project="locft-jax", dir=str(folder))
-        return Metrics(lambda figures, step: run.log(figures, step=step), run.finish)
-    from tensorboardX import SummaryWriter
-
-    writer = SummaryWriter(str(folder))
-
-    def write(figures: dict[str, float], step: int) -> None:
-        for name, value in figures.items():
-            writer.add_scalar(f"edit/{name}", value, step)
-
-    return Metrics(write, writer.close)
+        self.writer.close() if self.writer else self.run.finish()
 
 
 class Evaluate(Hook):

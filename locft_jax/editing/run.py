@@ -17,10 +17,11 @@ from locft_jax.data.tokenize import as_encoder, encode_pairs
 from locft_jax.editing.augment import prefix_texts, training_prompts
 from locft_jax.editing.checkpointer import Checkpointer
 from locft_jax.editing.hooks import Evaluate, Hook, StepRecord
-from locft_jax.editing.regularizers.make import make_regularizers
-from locft_jax.editing.regularizers.preconditioner import Lambdas
+from locft_jax.editing.regularizers.kl import retain_batches
+from locft_jax.editing.regularizers.preconditioner import Lambdas, make_preconditioner
+from locft_jax.editing.regularizers.second_moments import Ids
 from locft_jax.editing.site import find_site, first_layer, materialize, parameters, read_site
-from locft_jax.editing.step import EditState, Hyper, init_state
+from locft_jax.editing.step import EditState, Hyper, Regularizers, init_state
 from locft_jax.editing.trainer import Job, Outcome, Schedule, train
 from locft_jax.errors import UserError
 from locft_jax.io.delta import Delta, check_delta, load_delta
@@ -40,7 +41,7 @@ class EditTask:
 
     site: tuple[str, ...]  # HF names
     corpus: Corpus  # training texts
-    retained: Sequence[Sequence[int]] = ()  # token ids of texts for the config's `preserve...` keys
+    retained: Ids = ()  # texts for the config's `preserve...` keys
     start: Mapping[str, np.ndarray] | None = None  # what the site's tensors begin with; None: the model's
     source: Source | None = None  # the corpus entering the site's lowest layer; None: made here
 
@@ -65,15 +66,9 @@ def choose_site(spec: ModelSpec, config: Config) -> tuple[str, ...]:
 
 def schedule_of(config: Config) -> Schedule:
     """The part of a config that the loop reads."""
-    return Schedule(
-        batch_size=config.batch_size,
-        epochs=config.num_epochs,
-        seed=config.seed,
-        average=config.loss_average,
-        row_length=config.row_length,
-        hyper=Hyper(config.learning_rate, config.weight_decay, config.loss_floor, config.norm_constraint),
-        pipeline=config.pipeline,
-    )
+    hyper = Hyper(config.learning_rate, config.weight_decay, config.loss_floor, config.norm_constraint)
+    order = config.batch_size, config.num_epochs, config.seed
+    return Schedule(*order, config.loss_average, config.row_length, hyper, config.pipeline)
 
 
 def encode_requests(
@@ -83,36 +78,34 @@ def encode_requests(
     spec: ModelSpec,
     prefixes: Sequence[str] | None = None,
 ) -> Corpus:
-    """Training texts of the requests, EOS included (method.md, An edit), and those that the config's
-    `augment_...` keys add; `prefixes`: random texts (default: as `prefix_texts` has them without the model).
-    For `ft-l` only the last token of a target is trained; EOS, which says nothing of the fact, is left out.
-    Raises UserError when the tokenizer has no EOS to append, or as `encode_pairs` and `prefix_texts` do."""
-    encoder = as_encoder(tokenizer)
-    eos = getattr(encoder.tokenizer, "eos_token_id", None)
-    append = config.append_eos and config.method != "ft-l"
-    if append and eos is None:
-        raise UserError("append_eos: this model's tokenizer has no EOS token; use append_eos=false")
+    """Training texts of the requests, EOS included, and those that the config's `augment_...` keys add;
+    `prefixes`: random texts (default: as `prefix_texts` has them without the model). For `ft-l` only the last
+    token of a target is trained; EOS, which says nothing of the fact, is left out. Raises UserError when the
+    tokenizer has no EOS to append, or as `encode_pairs` and `prefix_texts` do."""
+    encoder, eos = as_encoder(tokenizer), None
+    if config.append_eos and config.method != "ft-l":
+        eos = getattr(encoder.tokenizer, "eos_token_id", None)
+        if eos is None:
+            raise UserError("append_eos: this model's tokenizer has no EOS token; use append_eos=false")
     prompts = training_prompts(requests, config, prefix_texts(config) if prefixes is None else prefixes)
-    counts = [len(own) for own in prompts]
     corpus = encode_pairs(
         encoder,
         [prompt for own in prompts for prompt in own],
-        [r.target_new for r, count in zip(requests, counts, strict=True) for _ in range(count)],
-        eos=eos if append else None,
+        [r.target_new for r, own in zip(requests, prompts, strict=True) for _ in own],
+        eos=eos,
         chat_template=config.chat_template,
         max_length=spec.max_position,
         vocab_size=spec.vocab_size,
     )
-    if max(counts, default=1) > 1:
-        corpus = dataclasses.replace(corpus, edit=np.repeat(np.arange(len(counts)), counts))
+    if len(corpus) > len(prompts):
+        edit = np.repeat(np.arange(len(prompts)), [len(own) for own in prompts])
+        corpus = dataclasses.replace(corpus, edit=edit)
     last = corpus.lengths - 1
     return dataclasses.replace(corpus, target_start=last) if config.method == "ft-l" else corpus
 
 
-def check_fit(
-    folder: HFFolder, config: Config, site: Sequence[str], corpus: Corpus, mesh: Mesh
-) -> list[str]:
-    """Warnings of memory that may not suffice. Raises UserError, before any weight is loaded, where it
+def check_fit(folder: HFFolder, config: Config, site: Sequence[str], corpus: Corpus, mesh: Mesh) -> list[str]:
+    """Warnings of memory that may not suffice, before any weight is loaded. Raises UserError where it
     certainly does not, or as `choose_mode` does."""
     spec, itemsize = folder.spec, frozen_dtype(folder, config.weights).itemsize
     layer = first_layer(spec, site)
@@ -130,21 +123,10 @@ def run_edit(
     checkpointer: Checkpointer | None = None,
     look: Callable[[dict[str, np.ndarray], Sequence[StepRecord]], None] | None = None,
 ) -> Edited:
-    """LocFT-BF on one model: the given model is not changed.
-
-    Args:
-        model: with the edits that it already carries.
-        task: site and texts.
-        config: the keys of the loop, the activation cache, the regularizers.
-        hooks: of the loop.
-        checkpointer: the run resumes from its newest state and leaves others.
-        look: called with the site's tensors, as they would be exported, after every `eval_every` epochs
-            (depth-first: mini-batches).
-
-    Raises:
-        NonFiniteLoss: naming epoch, step and batch.
-        Interrupted: when a signal asked to stop.
-    """
+    """LocFT-BF on one model, which is not changed, with the edits that it already carries. The run resumes
+    from the `checkpointer`'s newest state and saves others. `look` is called with the site's tensors, as they
+    would be exported, after every `eval_every` epochs (depth-first: mini-batches). Raises NonFiniteLoss, and
+    Interrupted when a signal asked to stop."""
     begin = time.monotonic()
     base, stored = model.params, originals(model, task.site)
     start: dict[str, Any] = {**stored, **base.overrides, **(task.start or {})}
@@ -152,11 +134,16 @@ def run_edit(
     if config.norm_constraint is not None:  # a step looks at what it began from
         base = model.with_overrides(stored, np.float32).params
     del stored, start
-    done: list[StepRecord] = []
-    if checkpointer is not None:
-        state, done = checkpointer.restore(state) or (state, done)
-    source = task.source or _source(model, base, task, config)
-    regularizers, lambdas = make_regularizers(model, task.site, source, config, task.retained)
+    restored = checkpointer.restore(state) if checkpointer else None
+    state, done = restored or (state, [])
+    source = task.source
+    if source is None:
+        layer = first_layer(model.spec, task.site)
+        mode = cache_mode(model, len(task.corpus.tokens), layer, config)
+        source = cached_source(base, task.corpus, layer, mode, model.mesh, config.row_length)
+    sides, lambdas = make_preconditioner(model, task.site, config, task.retained)
+    unedited = lambda: model.with_overrides(originals(model, task.site)).params  # noqa: E731
+    retain = retain_batches(unedited(), model.mesh, source, config, task.retained, agreed_budgets(config))
 
     def exported(state: EditState) -> dict[str, np.ndarray]:
         return to_checkpoint_dtype(model.folder, materialize(state.theta, base.overrides))
@@ -164,22 +151,16 @@ def run_edit(
     evaluate = [Evaluate(config.eval_every, exported, look)] if look and config.eval_every else []
     # What is saved has been evaluated, so the checkpoint comes last.
     hooks = [*hooks, *evaluate, *([checkpointer] if checkpointer else [])]
+    regularizers = lambda visit: Regularizers(sides, retain(visit))  # noqa: E731
     job = Job(base, model.mesh, task.corpus, source, schedule_of(config), regularizers)
     outcome = train(job, state, done, hooks)
     tensors, seconds = exported(outcome.state), time.monotonic() - begin
-    if checkpointer is not None:
-        seconds = checkpointer.finish(outcome.state, outcome.records)
+    seconds = checkpointer.finish(outcome.state, outcome.records) if checkpointer else seconds
     return Edited(tensors, outcome, parameters(outcome.state.theta), source.mode, seconds, lambdas)
 
 
-def _source(model: Model, base: Any, task: EditTask, config: Config) -> Source:
-    layer = first_layer(model.spec, task.site)
-    mode = cache_mode(model, len(task.corpus.tokens), layer, config)
-    return cached_source(base, task.corpus, layer, mode, model.mesh, config.row_length)
-
-
 def cache_mode(model: Model, tokens: int, layer: int, config: Config) -> str:
-    """Where the activations of so many tokens that enter `layer` are kept, as `choose_mode` says."""
+    """`choose_mode` for so many tokens that enter `layer`."""
     return mode_for(model.params, model.mesh, config.activation_cache, layer, tokens, agreed_budgets(config))
 
 
@@ -190,13 +171,11 @@ def agreed_budgets(config: Config) -> tuple[float, float]:
 
 
 def last_delta(folder: str | Path, base: HFFolder, site: Sequence[str]) -> Delta:
-    """The delta of an earlier run, to begin with. Raises UserError unless it was made on this model and
-    tunes this site."""
+    """The delta of an earlier run, to begin with. Raises UserError unless it is of this model and site."""
     delta = load_delta(f"{folder}/delta.safetensors")
     check_delta(base, delta)
     if set(delta.new) != set(site):
-        raise UserError(
-            f"--start-from last: {folder} tuned {', '.join(sorted(delta.new)[:3])}..., this run tunes "
-            f"{', '.join(site[:3])}...; use the same site, or --start-from base"
-        )
+        there, here = (", ".join(names[:3]) for names in (sorted(delta.new), site))
+        what = f"{folder} tuned {there}..., this run tunes {here}..."
+        raise UserError(f"--start-from last: {what}; use the same site, or --start-from base")
     return delta

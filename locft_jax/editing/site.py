@@ -1,8 +1,5 @@
-"""The site: which tensors are tuned, how they are found, read and put into the model.
-
-`theta` is what is trained, the overrides are what the model computes with. For LocFT-BF they are the same;
-low-rank and expert sites will differ only in `materialize`.
-"""
+"""The site: which tensors are tuned, how they are found, read and put into the model. `theta` is what is
+trained, the overrides are what the model computes with; for LocFT-BF they are the same."""
 
 from collections.abc import Mapping, Sequence
 
@@ -22,36 +19,29 @@ Theta = dict[str, jax.Array]  # HF tensor name -> float32 master
 def find_site(spec: ModelSpec, modules: Sequence[str], layers: Sequence[int]) -> tuple[str, ...]:
     """HF names of the tensors that `modules` (templates with `{}` for the layer) select in `layers`.
 
-    A template matches whole path components anywhere in a name: `model.layers.{}.mlp.down_proj.weight`
-    is one matrix, `layers.{}.self_attn` a whole attention, `model.layers.{}` an entire layer. (The
-    reference matches substrings, by which layer 2 also frees layers 20-29.)
-
-    Raises UserError for a layer out of range or a template that selects nothing, listing what exists.
-    """
+    A template matches whole path components anywhere in a name: `model.layers.{}.mlp.down_proj.weight` is one
+    matrix, `layers.{}.self_attn` a whole attention, `model.layers.{}` an entire layer. (The reference matches
+    substrings, by which layer 2 also frees layers 20-29.) Raises UserError for a layer out of range or a
+    template that selects nothing, listing what exists."""
     beyond = [l for l in layers if not 0 <= l < spec.n_layers]
     if beyond:
         raise UserError(f"layer: {beyond[0]} is out of range; this model has layers 0 to {spec.n_layers - 1}")
     rows = weight_table(spec).values()
-    found: list[str] = []
+    names = [n for row in rows for l, n in enumerate(row.names()) if not row.layers or l in layers]
+    found: set[str] = set()
     for module in modules:
         wanted = [module.replace("{}", str(l)) for l in layers] if "{}" in module else [module]
-        inside = [
-            (name, layer) for row in rows for layer, name in enumerate(row.names())
-            if not row.layers or layer in layers
-        ]  # fmt: skip
-        hits = [name for name, _ in inside if any(_holds(name, w) for w in wanted)]
+        hits = [name for name in names if any(_holds(name, w) for w in wanted)]
         if not hits:
+            what = f"{module!r} matches no tensor of this model; whole path components are compared"
             known = "\n  ".join(row.hf for row in rows)
-            raise UserError(
-                f"rewrite_module: {module!r} matches no tensor of this model; "
-                f"whole path components are compared. The model's tensors:\n  {known}"
-            )
-        found += [h for h in hits if h not in found]
+            raise UserError(f"rewrite_module: {what}. The model's tensors:\n  {known}")
+        found.update(hits)
     return tuple(sorted(found, key=lambda n: _order(spec, n)))
 
 
 def _holds(name: str, pattern: str) -> bool:
-    """Whether the components of `pattern` stand one after another in `name`."""
+    """Whether the components of `pattern` follow each other in `name`."""
     have, want = name.split("."), pattern.strip(".").split(".")
     return any(have[i : i + len(want)] == want for i in range(len(have) - len(want) + 1))
 
@@ -62,20 +52,16 @@ def _order(spec: ModelSpec, name: str) -> tuple[int, int]:
 
 
 def first_layer(spec: ModelSpec, site: Sequence[str]) -> int:
-    """The lowest layer that an edit of `site` can change: activations entering it are constant.
-    The embedding counts as layer 0, the final norm and head as the last layer."""
-    found = []
-    for name in site:
-        row, layer = locate_tensor(spec, name)
-        found.append(layer if layer is not None else 0 if row.key == "embed" else spec.n_layers - 1)
-    return min(found)
+    """The lowest layer that an edit of `site` can change: activations entering it are constant. The embedding
+    counts as layer 0, the final norm and head as the last layer."""
+    located = (locate_tensor(spec, name) for name in site)
+    return min(l if l is not None else 0 if row.key == "embed" else spec.n_layers - 1 for row, l in located)
 
 
 def read_site(
     params: Params, site: Sequence[str], mesh: Mesh, start: Mapping[str, jax.Array | np.ndarray]
 ) -> Theta:
-    """The site's tensors (those of `start` first: values to begin from) as float32 masters, each its own
-    leaf, sharded by the weight table."""
+    """The site's tensors (of `start`, else the model's) as float32 masters, sharded by the weight table."""
     theta = {}
     for name in site:
         row, _ = locate_tensor(params.spec, name)
@@ -87,8 +73,7 @@ def read_site(
 
 
 def materialize(theta: Theta, base: Overrides) -> dict[str, jax.Array]:
-    """What is trained -> the model's overrides: for LocFT-BF theta itself, over the overrides `base` that the
-    model already carries."""
+    """What is trained -> the model's overrides: for LocFT-BF theta itself, over those that it carries."""
     return {**base, **theta}
 
 

@@ -1,8 +1,5 @@
-"""One edit step: loss, optimizer, `EditState`, `train_step`. Pure and jitted.
-
-Only the site's leaves are differentiated, so no gradient, moment or output of the frozen weights'
-size exists; the frozen weights are an argument of their own that is only read.
-"""
+"""One edit step: loss, optimizer, `EditState`, `train_step`; pure and jitted. Only the site's leaves are
+differentiated, so no gradient, moment or output of the frozen weights' size exists."""
 
 import dataclasses
 import functools
@@ -56,12 +53,11 @@ class Hyper:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RetainBatch:
-    """A mini-batch of retained texts, and what the base model expects at its M targets: the K likeliest
-    tokens and all others together (regularizers/kl.py)."""
+    """A mini-batch of retained texts, and what the base model expects at its M targets."""
 
     inputs: Inputs
     batch: Batch  # `labels` are not read
-    ids: Any  # [M, K] int32
+    ids: Any  # [M, K] int32, the K likeliest tokens
     logp: Any  # [M, K] float32, log-probabilities
     rest: Any  # [M] float32, log of the probability of all others
     strength: Any  # of the divergence in the loss
@@ -70,15 +66,15 @@ class RetainBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Regularizers:
-    """What a step is given to leave other texts alone; by default nothing."""
+    """What limits a step on retained texts; by default nothing."""
 
     preconditioner: Mapping[str, Sides] = dataclasses.field(default_factory=dict)  # HF name -> matrices
     retain: RetainBatch | None = None
 
 
 def precondition(sides: Mapping[str, Sides]) -> optax.GradientTransformation:
-    """Updates U [out, in] -> P_out U P_in for the tensors that have such matrices; the others stay as they
-    are. No state; without matrices no operation."""
+    """Updates U [out, in] -> P_out U P_in for the tensors that have such matrices. No state; without matrices
+    no operation."""
     product = functools.partial(jnp.einsum, "ab,bc->ac", precision=jax.lax.Precision.HIGHEST)
 
     def times(u: jax.Array, p: Side) -> jax.Array:
@@ -86,21 +82,16 @@ def precondition(sides: Mapping[str, Sides]) -> optax.GradientTransformation:
             return u - product(product(u, p.basis) * p.damp, p.basis.T)
         return product(u, p)
 
-    def update(updates: Theta, params: Theta | None = None) -> Theta:
-        found = dict(updates)
-        for name in found.keys() & sides.keys():
-            inner, outer = sides[name]
-            found[name] = times(found[name], inner)
-            found[name] = found[name] if outer is None else times(found[name].T, outer).T
-        return found
+    def both(u: jax.Array, inner: Side, outer: Side | None) -> jax.Array:
+        u = times(u, inner)
+        return u if outer is None else times(u.T, outer).T
 
-    return optax.stateless(update)
+    return optax.stateless(lambda u, _: {n: both(a, *sides[n]) if n in sides else a for n, a in u.items()})
 
 
 def make_optimizer(hyper: Hyper, sides: Mapping[str, Sides]) -> optax.GradientTransformationExtraArgs:
-    """torch.optim.Adam (0.9, 0.999, 1e-8) with L2 weight decay in the gradient, at a constant
-    rate; a batch with loss below the floor moves neither the weights nor Adam's moments and count.
-    `sides`: the matrices that updates are multiplied with, after Adam."""
+    """torch.optim.Adam (0.9, 0.999, 1e-8) with L2 weight decay in the gradient, at a constant rate, and
+    `precondition`; a loss below the floor moves neither the weights nor Adam's moments and count."""
     adam = optax.chain(
         optax.add_decayed_weights(hyper.weight_decay),
         optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
@@ -108,9 +99,8 @@ def make_optimizer(hyper: Hyper, sides: Mapping[str, Sides]) -> optax.GradientTr
         optax.scale_by_learning_rate(hyper.learning_rate),
     )
     # A NaN compares False: it makes no step either, and the loop reports it as the error it is.
-    return optax.conditionally_mask(
-        adam, lambda step, *, loss: loss >= hyper.loss_floor, forward_extra_args=True
-    )
+    learns = lambda step, *, loss: loss >= hyper.loss_floor  # noqa: E731
+    return optax.conditionally_mask(adam, learns, forward_extra_args=True)
 
 
 def init_state(theta: Theta) -> EditState:
@@ -133,7 +123,7 @@ def batch_loss(theta: Theta, params: Params, inputs: Inputs, batch: Batch) -> ja
 
 def divergence(scores: jax.Array, retain: RetainBatch) -> jax.Array:
     """KL(base || model) in nats, averaged by the batch's weights, of the model's logits [M, V]: exact for the
-    K tokens that are stored, all others count as one, so that it is never more than the whole one."""
+    K tokens that are stored; all others count as one, so that it is never more than the whole one."""
     at = jnp.arange(len(scores))[:, None]
     total = jax.nn.logsumexp(scores, axis=-1)
     # 1 - sum would lose a small remainder: the others are added up themselves.
@@ -144,19 +134,13 @@ def divergence(scores: jax.Array, retain: RetainBatch) -> jax.Array:
 
 @functools.partial(jax.jit, donate_argnums=1)
 def train_step(
-    hyper: Hyper,
-    state: EditState,
-    params: Params,
-    inputs: Inputs,
-    batch: Batch,
-    regularizers: Regularizers,
+    hyper: Hyper, state: EditState, params: Params, inputs: Inputs, batch: Batch, regularizers: Regularizers
 ) -> tuple[EditState, jax.Array]:
-    """One step on one packed batch: (state, frozen weights, inputs) -> (state, loss). With a retain batch the
-    gradient is that of loss + strength x divergence; the loss, and all that looks at it, stays the edits'."""
-    retain = regularizers.retain
+    """One step on one packed batch -> (state, loss). With a retain batch the gradient is that of loss +
+    strength x divergence; the loss, and all that looks at it, stays the edits'."""
 
     def objective(theta: Theta) -> tuple[jax.Array, jax.Array]:
-        loss = batch_loss(theta, params, inputs, batch)
+        loss, retain = batch_loss(theta, params, inputs, batch), regularizers.retain
         if retain is None:
             return loss, loss
         edited = params.over(materialize(theta, params.overrides))
@@ -171,8 +155,7 @@ def train_step(
 
 
 def bounded(theta: Theta, params: Params, bound: float | None) -> Theta:
-    """theta clipped to the model's own values (overrides first: edits that it carries, and what it holds as
-    int8) +- `bound`; None: as it is."""
+    """theta clipped to the model's own values (overrides first) +- `bound`; None: as it is."""
     if bound is None:
         return theta
     base = params.overrides

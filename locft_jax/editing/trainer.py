@@ -1,17 +1,14 @@
 """The training loop: mini-batches breadth-first (shuffled epochs over all edits, early stop) or depth-first
-(each mini-batch to convergence in turn, one pass), with hooks.
+(each mini-batch to convergence in turn, one pass), with hooks. The device never waits for the host: a thread
+packs and sends batches ahead, and a step is dispatched before the loss of the one before it is read."""
 
-The device never waits for the host: batches are packed and sent ahead by a thread, and a step is
-dispatched before the loss of the one before it is read.
-"""
-
+import collections
 import contextlib
 import dataclasses
 import itertools
 import math
-import queue
-import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -28,7 +25,7 @@ from locft_jax.model.weights import Params
 
 
 class NonFiniteLoss(FloatingPointError):
-    """A loss was NaN or infinite; the message names epoch, step and batch."""
+    """A loss is NaN or infinite; the message names epoch, step and batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +64,6 @@ class Outcome:
     stopped: str  # "loss_floor" | "epochs"
 
 
-# ---------------------------------------------------------------- which mini-batches
-
-
 @dataclasses.dataclass(frozen=True)
 class Visit:
     """A mini-batch that the run comes to."""
@@ -81,24 +75,17 @@ class Visit:
     steps: int = 1  # at most
 
 
-def breadth_first(count: int, schedule: Schedule) -> Iterator[Visit]:
-    """LocFT-BF's: the mini-batches of every epoch, shuffled anew."""
+def visits(corpus: Corpus, schedule: Schedule) -> Iterator[Visit]:
+    """The mini-batches of every epoch, shuffled anew; depth-first, each once, in the order of the data."""
+    count, size = corpus.edits, schedule.batch_size
+    if schedule.pipeline == "depth":
+        for n, start in enumerate(range(0, count, size)):
+            yield Visit(np.arange(start, min(start + size, count)), n, steps=schedule.epochs)
+        return
     for epoch in range(schedule.epochs):
-        batches = list(epoch_batches(count, schedule.batch_size, schedule.seed, epoch))
+        batches = list(epoch_batches(count, size, schedule.seed, epoch))
         for n, which in enumerate(batches):
             yield Visit(which, epoch, n == 0, n == len(batches) - 1)
-
-
-def depth_first(count: int, schedule: Schedule) -> Iterator[Visit]:
-    """Every mini-batch once, in the order of the data, with as many steps as it needs."""
-    for n, start in enumerate(range(0, count, schedule.batch_size)):
-        which = np.arange(start, min(start + schedule.batch_size, count))
-        yield Visit(which, n, steps=schedule.epochs)
-
-
-def visits(corpus: Corpus, schedule: Schedule) -> Iterator[Visit]:
-    """The mini-batches as the run comes to them."""
-    return (depth_first if schedule.pipeline == "depth" else breadth_first)(corpus.edits, schedule)
 
 
 def run_shape(corpus: Corpus, schedule: Schedule, mesh: Mesh) -> Shape:
@@ -108,7 +95,7 @@ def run_shape(corpus: Corpus, schedule: Schedule, mesh: Mesh) -> Shape:
 
 
 def _resume_point(schedule: Schedule, done: Sequence[StepRecord]) -> tuple[int, int]:
-    """Where a run continues after these steps: (visit, steps made on its mini-batch)."""
+    """Where a run resumes after these steps: (visit, steps made on its mini-batch)."""
     if schedule.pipeline == "breadth" or not done:
         return len(done), 0
     visit = done[-1].epoch
@@ -126,44 +113,16 @@ def batches(job: Job, first: int) -> Iterator[tuple[Visit, Inputs, Batch, Regula
 
 
 def ahead(items: Iterator[Any], depth: int = 2) -> Generator[Any, None, None]:
-    """Run an iterator in a thread, `depth` items ahead; its exceptions reach the reader, and closing
-    the result stops the thread."""
-    ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def offer(message: tuple[str, Any]) -> None:
-        while not stop.is_set():
-            try:
-                return ready.put(message, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
+    """Run an iterator in a thread, `depth` items ahead; the reader gets its exceptions, closing stops it."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = collections.deque(pool.submit(next, items, end) for _ in range(depth))
         try:
-            for item in items:
-                if stop.is_set():
-                    return
-                offer(("item", item))
-            offer(("end", None))
-        except BaseException as e:  # handed over, raised in the reader
-            offer(("error", e))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value = ready.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise value
-            yield value
-    finally:
-        stop.set()
-        thread.join()
-
-
-# ---------------------------------------------------------------- the loop
+            while (item := coming.popleft().result()) is not end:
+                coming.append(pool.submit(next, items, end))
+                yield item
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 class _Log:
@@ -177,49 +136,36 @@ class _Log:
     def steps(self) -> int:
         return len(self.records) + (self.pending is not None)
 
-    def dispatched(self, visit: Visit, loss: jax.Array) -> None:
-        """A step has been dispatched: the device is busy with it while the one before it is read."""
-        self.read()
-        self.pending = visit, loss
+    def read(self, dispatched: tuple[Visit, jax.Array] | None = None) -> None:
+        """Wait for the loss of the step that was dispatched last, and record it, while the device is busy
+        with the one `dispatched` now."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            self._record(*pending)
+        self.pending = dispatched
 
-    def read(self) -> None:
-        """Wait for the loss of the step that was dispatched last, and record it."""
-        if self.pending is None:
-            return
-        (visit, loss), self.pending = self.pending, None
+    def _record(self, visit: Visit, loss: jax.Array) -> None:
         value, which, corpus = float(jax.device_get(loss)), visit.which, self.job.corpus
         if not math.isfinite(value):
             what = "mini-batch" if self.job.schedule.pipeline == "depth" else "epoch"
             raise NonFiniteLoss(
-                f"the loss is {value} in {what} {visit.round + 1}, step {len(self.records) + 1}, over the "
-                f"edits {', '.join(map(str, which[:8]))}{', ...' if len(which) > 8 else ''} (from 0 on); "
-                "a smaller learning_rate, or weights and data without NaN or infinity, would be right"
+                f"the loss is {value} in {what} {visit.round + 1}, step {self.steps + 1}, over the edits "
+                f"{', '.join(map(str, which[:8]))}{', ...' if len(which) > 8 else ''} (from 0 on); use a "
+                "smaller learning_rate, or weights and data without NaN or infinity"
             )
         tokens = int(corpus.lengths[corpus.examples_of(which)].sum())
         skipped = value < self.job.schedule.hyper.loss_floor
-        record = StepRecord(visit.round, len(self.records) + 1, value, skipped, len(which), tokens)
-        self.records.append(record)
+        self.records.append(StepRecord(visit.round, self.steps + 1, value, skipped, len(which), tokens))
         for hook in self.hooks:
-            hook.on_step(record)
+            hook.on_step(self.records[-1])
 
 
-def train(
-    job: Job, state: EditState, done: Sequence[StepRecord] = (), hooks: Sequence[Hook] = ()
-) -> Outcome:
-    """The editing loop. Breadth-first: at most `epochs` shuffled passes in mini-batches; stops when an
-    epoch's mean loss (by example, skipped batches included) falls below the floor. Depth-first: one pass in
-    the order of the data; every mini-batch begins with a fresh Adam and gets at most `epochs` steps, the last
-    of them the one whose loss is below the floor (a skip).
-
-    Args:
-        job: model, data, schedule, regularizers.
-        state: where it begins; consumed (donated).
-        done: the steps that led to `state`, in a run that resumes.
-        hooks: called in this order.
-
-    Raises:
-        NonFiniteLoss: naming epoch, step and batch; and what hooks raise.
-    """
+def train(job: Job, state: EditState, done: Sequence[StepRecord] = (), hooks: Sequence[Hook] = ()) -> Outcome:
+    """The editing loop, from `state` (donated), to which the steps `done` of a run that resumes led. Raises
+    NonFiniteLoss, and what hooks (called in their order) raise. Breadth-first: at most `epochs` shuffled
+    passes; stops when an epoch's mean loss (by example, skipped batches included) falls below the floor.
+    Depth-first: one pass in the order of the data; every mini-batch begins with a fresh Adam and gets at most
+    `epochs` steps, the last of them the one whose loss is below the floor (a skip)."""
     schedule, log = job.schedule, _Log(job, done, hooks)
     depth, floor = schedule.pipeline == "depth", schedule.hyper.loss_floor
     everywhere = replicated(job.mesh)
@@ -242,20 +188,19 @@ def train(
                 state = EditState(state.theta, fresh())
             for n in range(made, visit.steps):
                 state, loss = train_step(hyper, state, job.params, *inputs, regularizers)
-                log.dispatched(visit, loss)
+                log.read((visit, loss))
                 if depth:  # the loss says which step comes next
                     log.read()
                 complete = visit.last and (not depth or log.records[-1].skipped or n + 1 == visit.steps)
-                due = [h for h in hooks if h.due(log.steps, visit.round + 1 if complete else None)]
-                if due:
+                for hook in [h for h in hooks if h.due(log.steps, visit.round + 1 if complete else None)]:
                     log.read()
-                for hook in due:
                     hook.on_state(state, log.records)
                 if depth and complete:
                     break
             made = 0
         log.read()
-    losses = [mean_loss(own) for own in _rounds(log.records, depth)]
+    rounds = [list(own) for _, own in itertools.groupby(log.records, lambda r: r.epoch)]
+    losses = [mean_loss(own[-1:] if depth else own) for own in rounds]
     ended = losses if depth else losses[-1:]
     return Outcome(state, losses, log.records, "loss_floor" if ended and max(ended) < floor else "epochs")
 
@@ -263,17 +208,8 @@ def train(
 def _fresh(optimizer: Any) -> Callable[[], Any]:
     """Makes Adam's state before its first step, sharded as `optimizer` is."""
     like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), optimizer)
-    return jax.jit(
-        lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like),
-        out_shardings=jax.tree.map(lambda a: a.sharding, optimizer),
-    )
-
-
-def _rounds(records: Sequence[StepRecord], depth: bool) -> Iterator[Sequence[StepRecord]]:
-    """The steps of every epoch; depth-first, the last step of every mini-batch."""
-    for _, group in itertools.groupby(records, lambda r: r.epoch):
-        own = list(group)
-        yield own[-1:] if depth else own
+    where = jax.tree.map(lambda a: a.sharding, optimizer)
+    return jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like), out_shardings=where)
 
 
 def mean_loss(records: Sequence[StepRecord]) -> float:

@@ -127,7 +127,7 @@ def test_a_program_that_is_told_to_stop_says_how_to_go_on(edit_arguments, tmp_pa
     assert process.wait() == 1
     errors = process.said()[1]
     assert "Traceback" not in errors, errors
-    assert "interrupted: " in errors and "the same command with --resume goes on from there" in errors
+    assert "interrupted: " in errors and "the same command with --resume resumes from there" in errors
     assert names(tmp_path / "out") == {"checkpoint"}
 
 
@@ -193,7 +193,7 @@ def test_another_run_does_not_go_on(
     half = make_variant(tiny_model_dir, tmp_path / "half", "bfloat16", files=1)
     before = {p: p.read_bytes() for p in stopped.rglob("*") if p.is_file()}
     for changes, keys in [
-        ({"lr": 2e-2, "batch_size": 4}, ("lr: 0.01 there, 0.02 here", "batch_size: 5 there, 4 here")),
+        ({"lr": 2e-2, "batch_size": 4}, ("learning_rate: 0.01 there, 0.02", "batch_size: 5 there, 4 here")),
         ({"seed": 1}, ("seed: 0 there, 1 here",)),
         ({"data_path": other}, ("data_sha256",)),
         ({"model_name_or_path": model}, ("base_model",)),

@@ -10,7 +10,7 @@ import pytest
 
 from locft_jax.data.packing import corpus_from_lists
 from locft_jax.editing import trainer
-from locft_jax.editing.hooks import Evaluate, Hook, Profile, Progress, StepRecord, metrics_hook
+from locft_jax.editing.hooks import Evaluate, Hook, Metrics, Profile, Progress, StepRecord
 from locft_jax.editing.step import EditState, Hyper, init_state
 from locft_jax.editing.trainer import Job, NonFiniteLoss, Schedule, train
 from locft_jax.model.activation_cache import token_source
@@ -202,7 +202,7 @@ def events(folder):
 
 def test_metrics_of_every_step_can_be_read_as_tensorboards(run, tmp_path):
     pytest.importorskip("tensorboardX")
-    run([metrics_hook("tensorboard", tmp_path / "logs")], [3.0, 2.0, 1.0, 0.05])
+    run([Metrics("tensorboard", tmp_path / "logs")], [3.0, 2.0, 1.0, 0.05])
     found = events(tmp_path / "logs")
     assert found.keys() == {f"edit/{name}" for name in ("loss", "epoch", "skipped", "tokens_per_second")}
     assert found["edit/loss"] == [(1, 3.0), (2, 2.0), (3, 1.0), (4, pytest.approx(0.05))]

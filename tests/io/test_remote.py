@@ -238,7 +238,7 @@ def test_a_prefix_is_whole_or_refused(bucket, run_there, tmp_path, monkeypatch, 
     monkeypatch.setattr(remote.Remote, "upload", fail)
     command(edit, *run_there, status=1)
     said = capsys.readouterr().err
-    assert "connection lost" in said and "--resume goes on from there" in said and "Traceback" not in said
+    assert "connection lost" in said and "--resume resumes from there" in said and "Traceback" not in said
     assert contents(store.url) == {}
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["memory-bucket-runs-it"]
     monkeypatch.setattr(remote.Remote, "upload", upload)

@@ -1,24 +1,21 @@
 """KL(base || edited) on retained texts, as a term of the loss: what the base model expects there is computed
-once, before the edit, and stored in few numbers.
-
-Of every target the TOP likeliest tokens with their log-probabilities, and the log of what all others have
-together. The texts are dealt into fixed mini-batches; the edits' mini-batch number v comes with number
-v mod (how many there are), so that a run that resumes meets what it would have met.
-"""
+once, before the edit, and stored: of every target the TOP likeliest tokens with their log-probabilities, and
+the log of what all others have together."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from locft_jax.config import Config
 from locft_jax.data.packing import Batch, corpus_from_lists, fit_shape, pack
+from locft_jax.editing.regularizers.second_moments import Ids
 from locft_jax.editing.regularizers.texts import window
 from locft_jax.editing.step import RetainBatch, target_logits
 from locft_jax.model.activation_cache import Inputs, Source, cached_source, mode_for
-from locft_jax.model.model import Model
 from locft_jax.model.sharding import fetch, place, replicated
 from locft_jax.model.weights import Params
 
@@ -38,24 +35,13 @@ def expected(params: Params, inputs: Inputs, batch: Batch) -> tuple[jax.Array, j
 
 
 def retain_batches(
-    model: Model,
-    base: Params,
-    edits: Source,
-    config: Config,
-    ids: Sequence[Sequence[int]],
-    budgets: tuple[float, float],
+    base: Params, mesh: Mesh, edits: Source, config: Config, ids: Ids, budgets: tuple[float, float]
 ) -> Callable[[int], RetainBatch | None]:
-    """Number of the edits' mini-batch -> the retain batch beside it, on the mesh (None when off).
-
-    Args:
-        model: whose mesh is used.
-        base: what the edit begins from, int8 or not.
-        edits: the edits' own source, whose layer is used.
-        config: its `preserve_kl`, `preserve_tokens`, `row_length`, `seed`.
-        ids: the retained texts, of which the first `row_length` tokens count (with preserve_tokens=last the
-            last ones). What follows a text's last token is a target too (with last: alone).
-        budgets: bytes (a device, host) for their activations, as in `choose_mode`.
-    """
+    """Number of the edits' mini-batch -> the retain batch beside it, on the mesh (None when off): in turn, so
+    that a run that resumes meets what it would have met. `base`: what the edit begins from; `edits`: the
+    edits' own source, whose layer is used; `ids`: the retained texts, of which the first `row_length` tokens
+    count (with preserve_tokens=last the last ones), and what follows a text's last token is a target too
+    (with last: alone); `budgets`: bytes (a device, host) for their activations, as in `choose_mode`."""
     if not config.preserve_kl:
         return lambda visit: None
     rng = np.random.default_rng([config.seed, len(ids)])
@@ -63,7 +49,6 @@ def retain_batches(
     # A batch does not read a text's last token, so each gets one more.
     starts = [len(part) if config.preserve_tokens == "last" else 1 for part in parts]
     corpus = corpus_from_lists([[*part, part[-1]] for part in parts], starts)
-    mesh = model.mesh
     # Beside the edits' own activations, which the budgets hold too.
     tokens = len(corpus.tokens) + (len(edits.values) if edits.mode != "off" else 0)
     mode = mode_for(base, mesh, "auto", edits.layer, tokens, budgets)

@@ -1,5 +1,4 @@
-"""The texts that an edit is to leave alone: a file's, the edits' templates with made-up subjects, or what the
-model itself writes."""
+"""Retained texts: a file's, the edits' templates with made-up subjects, or what the model itself writes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -46,49 +45,51 @@ def unused(config: Config) -> list[str]:
     ]
 
 
+def read_lines(key: str, source: str) -> list[str]:
+    """The stripped lines of the text file that a config key names. Raises UserError."""
+    try:
+        with open_file(source) as file:
+            return [line.strip() for line in file.read().decode().splitlines()]
+    except (OSError, ValueError) as e:
+        raise UserError(f"{key}: {source} cannot be read as UTF-8 text ({e})") from None
+
+
+def _text(where: str, record: Any) -> str:
+    text = record.get("text", record.get("prompt")) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise UserError(f"preserve_data: {where}: no `text` and no `prompt`")
+    return text.strip()
+
+
 def retained_texts(config: Config, requests: Sequence[EditRequest]) -> list[str] | None:
-    """Texts whose inputs are retained; None where there are none: preserve is off, or the source is the
-    model itself. Files: `.txt`, a text a line; `.json`, `.jsonl`, `.csv`, records (also of a Hub
-    set) with `text` or `prompt`. Raises UserError for a file that holds none, for templates without
-    subjects, and for the model's own texts where they are to be prompts."""
+    """Retained texts; None where preserve is off, or the source is the model itself. Files: `.txt`, a text a
+    line; else records (also of a Hub set) with `text` or `prompt`. Raises UserError for a file that holds
+    none, for templates without subjects, and for the model's own texts where they are to be prompts."""
     source = source_of(config)
-    if preserves(config) and source == "model" and config.preserve_tokens == "last":
-        raise UserError(
-            "preserve_tokens: last is for prompts, and the texts are the model's own; set preserve_data to a "
-            "file of prompts or to templates, or use preserve_tokens=all"
-        )
     if not preserves(config) or source == "model":
+        if preserves(config) and config.preserve_tokens == "last":
+            what = "preserve_tokens: last is for prompts, and the texts are the model's own"
+            raise UserError(f"{what}; set preserve_data to prompts or templates, or use preserve_tokens=all")
         return None
     if source == "templates":
         return template_texts(requests, config.seed)
     if source.endswith(".txt"):
-        try:
-            with open_file(source) as file:
-                texts = [line.strip() for line in file.read().decode().splitlines()]
-        except (OSError, ValueError) as e:
-            raise UserError(f"preserve_data: {source} cannot be read as UTF-8 text ({e})") from None
+        texts = list(filter(None, read_lines("preserve_data", source)))
     else:
-        texts = []
-        for where, record in open_records(source)[1]:
-            text = record.get("text", record.get("prompt")) if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                raise UserError(f"preserve_data: {where}: no `text` and no `prompt`")
-            texts.append(text.strip())
-    texts = [t for t in texts if t]
+        texts = list(filter(None, (_text(*found) for found in open_records(source)[1])))
     if not texts:
         raise UserError(f"preserve_data: {source} holds no text")
     return texts
 
 
 def template_texts(requests: Sequence[EditRequest], seed: int, each: int = 4) -> list[str]:
-    """The edit prompts with made-up subjects, `each` a prompt: every word of the subject is the first half
-    of one subject's word and the second half of another's, and no such word stands in any of the requests
-    (prompts, targets or probes), so that no retained fact is shown. Raises UserError when no request has a
-    subject that stands in its prompt."""
-    usable = [r for r in requests if r.subject and r.subject in r.prompt]
+    """The edit prompts with made-up subjects, `each` a prompt: a word is the first half of one subject's word
+    and the second half of another's, and in none of the requests (prompts, targets or probes), so that no
+    retained fact is shown. Raises UserError when no request has a subject that is in its prompt."""
+    usable = [(r.prompt, r.subject) for r in requests if r.subject and r.subject in r.prompt]
     if not usable:
-        raise UserError("preserve_data: templates needs edits whose `subject` stands in their `prompt`")
-    words = sorted({w for r in usable for w in str(r.subject).split() if len(w) > 1})
+        raise UserError("preserve_data: templates needs edits whose `subject` is in their `prompt`")
+    words = sorted({w for _, subject in usable for w in subject.split() if len(w) > 1})
     known = set(" ".join(map(str, requests)).replace("'", " ").replace(",", " ").split())
     rng = np.random.default_rng([seed, len(usable)])
 
@@ -100,10 +101,10 @@ def template_texts(requests: Sequence[EditRequest], seed: int, each: int = 4) ->
                 return new
         return word[:1] + word[:0:-1]  # so few subjects that halves make no new word: backwards
 
-    subjects = [[" ".join(map(made_up, str(r.subject).split())) for _ in range(each)] for r in usable]
     return [
-        r.prompt.replace(str(r.subject), s) for r, some in zip(usable, subjects, strict=True) for s in some
-    ]
+        prompt.replace(subject, " ".join(map(made_up, subject.split())))
+        for prompt, subject in usable for _ in range(each)
+    ]  # fmt: skip
 
 
 def sample_model(
@@ -111,11 +112,9 @@ def sample_model(
 ) -> list[list[int]]:
     """`count` token sequences from the model itself: seeded, temperature 1, from BOS (where the tokenizer
     has one, else EOS) to the first EOS or `length` tokens. Raises UserError without BOS and EOS."""
-    start = first_token(model.tokenizer)
-    stop = np.zeros(model.spec.vocab_size, bool)
-    stop[list(model.eos)] = True
+    stop = np.isin(np.arange(model.spec.vocab_size), list(model.eos))
     shape = count, min(length, model.spec.max_position)
-    return sample(model.params, model.mesh, start, stop, seed, shape)
+    return sample(model.params, model.mesh, first_token(model.tokenizer), stop, seed, shape)
 
 
 def first_token(tokenizer: Any) -> int:
@@ -130,22 +129,20 @@ def first_token(tokenizer: Any) -> int:
 def encode_retained(
     tokenizer: Any, spec: ModelSpec, config: Config, texts: Sequence[str] | None
 ) -> list[list[int]] | None:
-    """Token ids of the retained texts, of those with two tokens or more: [] when nothing is retained, None
-    where the model itself is to write them. `texts` as from `retained_texts`. Raises UserError where none is
-    left or the model lacks a token of theirs, or where the model cannot write any."""
+    """Token ids of the retained texts with two tokens or more: [] when nothing is retained, None where the
+    model itself is to write them. `texts` as from `retained_texts`. Raises UserError where none is left or
+    the model lacks a token of theirs, or where the model cannot write any."""
     encoder = as_encoder(tokenizer)
     if not preserves(config):
         return []
     if texts is None:
         first_token(encoder.tokenizer)
         return None
-    ids = prompt_ids(encoder, texts, config.chat_template)
-    ids = [i[window(config, spec.max_position)] for i in ids if len(i) > 1]
+    found = prompt_ids(encoder, texts, config.chat_template)
+    ids, source = [i[window(config, spec.max_position)] for i in found if len(i) > 1], source_of(config)
     if not ids:
-        raise UserError(f"preserve_data: {source_of(config)} holds no text of two tokens or more")
+        raise UserError(f"preserve_data: {source} holds no text of two tokens or more")
     if max(map(max, ids)) >= spec.vocab_size:
-        raise UserError(
-            f"preserve_data: {source_of(config)} has tokens beyond the vocabulary of {spec.vocab_size}; "
-            "the tokenizer is of another model"
-        )
+        what = f"{source} has tokens beyond the vocabulary of {spec.vocab_size}"
+        raise UserError(f"preserve_data: {what}; the tokenizer is of another model")
     return ids

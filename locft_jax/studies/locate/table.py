@@ -7,7 +7,6 @@ checkpoint/compiled/     compiled programs (compiled.py)
 """
 
 import dataclasses
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from locft_jax import distributed
-from locft_jax.editing.checkpointer import open_folder, resumable
+from locft_jax.editing.checkpointer import open_run, remove_unless_saved, resumable
 from locft_jax.evaluation.probes import Answers
 from locft_jax.evaluation.report import plain
 from locft_jax.io.atomic import append_jsonl, kept_jsonl, read_json, write_json
@@ -61,25 +60,23 @@ class Table:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Around a run: SIGTERM and Ctrl-C say how to go on; a run that has saved nothing leaves nothing."""
-        saved = lambda: saved_something(self.folder)  # noqa: E731
+        """Around a run: SIGTERM and Ctrl-C say how to resume; a run that has saved nothing leaves nothing."""
+
+        def kept() -> str | None:
+            return f"the {len(self.lines)} sites measured so far" if saved_something(self.folder) else None
+
         try:
-            with resumable(self.folder, lambda: f"the {len(self.lines)} sites measured" if saved() else None):
+            with resumable(self.folder, kept):
                 yield
         finally:
-            if distributed.first() and self.folder.exists() and not saved():
-                shutil.rmtree(self.folder, ignore_errors=True)
-                with suppress(OSError):
-                    self.folder.parent.rmdir()  # only if it is empty
+            if distributed.first():
+                remove_unless_saved(self.folder)
 
 
 def open_table(out: Path, run: Mapping[str, Any], resume: bool) -> Table:
     """The table of a run in `out`: its lines so far if it is to `resume`, else none. Raises UserError naming
     what differs when they are another run's."""
-    folder = open_folder(out, run, resume)
-    if distributed.first():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "run.json", run)
+    folder = open_run(out, run, resume)
     distributed.agree(last=True)
     lines = kept_jsonl(folder / "sites.jsonl") if distributed.first() else []
     return Table(folder, distributed.from_first(lines))

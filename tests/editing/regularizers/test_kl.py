@@ -34,7 +34,7 @@ def ours(model, mode, layer, value, ids=IDS, tokens="all"):
     """(divergence, its gradient at SITE) of the first retained mini-batch."""
     source, budgets = Source(np.zeros((0, 1)), layer, mode), (0.0 if mode == "host" else 1e9, 1e9)
     config = Config(preserve_kl=2, row_length=32, preserve_tokens=tokens, preserve_data="templates")
-    retain = retain_batches(model, model.params, source, config, ids, budgets)(0)
+    retain = retain_batches(model.params, model.mesh, source, config, ids, budgets)(0)
 
     @jax.jit
     @jax.value_and_grad
@@ -88,7 +88,7 @@ def test_a_certain_token_gives_no_infinity(model, edited):
 
 def test_mini_batches_return_in_turn_and_hold_every_text(model):
     ids = [[1 + i // 50, 2 + i % 50, 3] for i in range(2 * TEXTS + 5)]
-    given = (model, model.params, Source(None, 2, "off"))
+    given = (model.params, model.mesh, Source(None, 2, "off"))
     retain = retain_batches(*given, Config(preserve_kl=1), ids, (1e9, 1e9))
     seen = [retain(visit) for visit in range(4)]
     assert sum(int((one.batch.example >= 0).sum()) for one in seen[:3]) == 3 * len(ids)

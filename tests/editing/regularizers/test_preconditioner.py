@@ -13,11 +13,10 @@ from locft_jax import Config, prepare
 from locft_jax.cli.command import run_command
 from locft_jax.cli.edit import main as edit
 from locft_jax.editing.hooks import Progress
-from locft_jax.editing.regularizers import preconditioner, second_moments
+from locft_jax.editing.regularizers import second_moments
 from locft_jax.editing.regularizers.preconditioner import (
     input_matrix,
     lambda_of,
-    low_rank,
     make_preconditioner,
     strength_of,
 )
@@ -87,7 +86,7 @@ def test_moments_are_computed_once(model, split_model, texts, tmp_path, monkeypa
     made = []
     for compute in (second_moments.second_moments, second_moments.gradient_moments):
         name = compute.__name__
-        monkeypatch.setattr(preconditioner, name, lambda *a, f=compute, n=name: made.append(n) or f(*a))
+        monkeypatch.setattr(second_moments, name, lambda *a, f=compute, n=name: made.append(n) or f(*a))
     config = Config(preserve="kfac", row_length=32)
 
     def once(site=SITE, ids=texts[:20], config=config, model=model):
@@ -151,8 +150,8 @@ def test_a_low_rank_update_is_the_product_with_its_matrix():
         Leading(np.linalg.qr(rng.standard_normal((n, 3)))[0].astype(np.float32), np.array([5.0, 2, 1]), 9.0)
         for n in (7, 5)
     ]
-    inner, outer = (low_rank(own, "kfac", 4) for own in known)
-    assert low_rank(known[0], "null", 0.6).damp.tolist() == [1, 1, 0]  # 5 of 9 are not enough, 7 are
+    inner, outer = (input_matrix(own, "kfac", 4) for own in known)
+    assert input_matrix(known[0], "null", 0.6).damp.tolist() == [1, 1, 0]  # 5 of 9 are not enough, 7 are
     dense = [np.eye(len(p.basis)) - (p.basis * p.damp) @ p.basis.T for p in (inner, outer)]
     optimizer = make_optimizer(Hyper(0.1, 0.0, 0.0), {"w": (inner, outer)})
     plain = make_optimizer(Hyper(0.1, 0.0, 0.0), {})
