@@ -1,6 +1,8 @@
 """The bundled demo: the model knows its world, the scripts make what is shipped, and train."""
 
+import dataclasses
 import json
+import re
 
 import numpy as np
 
@@ -32,16 +34,20 @@ def test_the_model_is_small_and_ordinary():
 def test_it_recalls_its_facts_in_every_phrasing_and_accepts_any_text():
     model = load_model(str(DEMO_FOLDER / "model"), mesh={"data": 1, "model": 1})
     facts = make_world().facts[::12]  # every relation; all of them are asked by `make demo`
-    for phrasing in range(5):
-        records = [{"prompt": prompts(f)[phrasing], "target_new": f.answer} for f in facts]
-        skills = read_capability(str(DEMO_FOLDER / "skills.jsonl"))[::10] if phrasing == 0 else []
-        report, lines = evaluate(model, records, skills, Config(row_length=64))
-        assert report["figures"]["reliability"] >= 0.95, (
-            phrasing,
-            [l for l in lines if not l["correct"]][:3],
-        )
-        if skills:
-            assert report["figures"]["capability"] >= 0.95
+    records = [
+        {"case_id": f"phrasing {i}", "prompt": prompt, "target_new": f.answer}
+        for f in facts
+        for i, prompt in enumerate(prompts(f))
+    ]
+    skills = read_capability(str(DEMO_FOLDER / "skills.jsonl"))[::10]
+    report, lines = evaluate(model, records, skills, Config(row_length=64))
+    for i in range(5):
+        own = [line for line in lines if line["case"] == f"phrasing {i}"]
+        # By the letter, without the scorer: the demo's answers have no article and no capital to fold.
+        right = [line["after"] == line["target"] for line in own]
+        assert len(own) == len(facts) and np.mean(right) >= 0.95, (i, own)
+        assert right == [line["correct"] for line in own]
+    assert report["figures"]["capability"] >= 0.95
     text = "Zoë 東京 🎲\t\x00 ~ never seen"
     assert model.tokenizer.decode(model.tokenizer(text)["input_ids"]) == text
 
@@ -53,14 +59,22 @@ def test_the_demo_config_edits_200_facts():
     assert (DEMO_FOLDER / "edits.jsonl").samefile(config.data_path)
 
 
-def test_training_from_scratch_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(train.CONFIG, "hidden_size", 32)
-    monkeypatch.setitem(train.CONFIG, "intermediate_size", 32)
-    monkeypatch.setitem(train.CONFIG, "num_hidden_layers", 2)
-    monkeypatch.setattr(train, "SENTENCES", 2000)
+def test_training_from_scratch_learns(tmp_path, monkeypatch, capsys):
+    """A small model and a twentieth of the world: what it says it recalls, the saved folder recalls."""
+    world = make_world()
+    small = dataclasses.replace(world, facts=world.facts[::40], skills=world.skills[::40])
+    monkeypatch.setattr(train, "make_world", lambda seed: small)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 600}
+    monkeypatch.setattr(train, "CONFIG", train.CONFIG | sizes | {"head_dim": 4})
     monkeypatch.setattr(train, "WARM_UP", 1)
-    train.main(["--out", str(tmp_path / "model"), "--steps", "4"])
+    monkeypatch.setattr(train, "LEARNING_RATE", 2e-2)
+    train.main(["--out", str(tmp_path / "model"), "--steps", "60"])
     said = capsys.readouterr().out
-    assert "step 4/4" in said and "facts recalled" in said
-    checkpoint = open_folder(str(tmp_path / "model"))
-    assert checkpoint.spec.n_layers == 2
+    losses = [float(loss) for loss in re.findall(r"step \d+/60  loss ([\d.]+)", said)]
+    assert len(losses) == 2 and losses[1] < losses[0] < 0.5 * np.log(600)
+    recalled = json.loads(re.search(r"in each phrasing: (\[.*\])", said)[1])
+    model = load_model(str(tmp_path / "model"), mesh={"data": 1, "model": 1})
+    assert model.spec.n_layers == 2
+    records = [{"prompt": prompts(f)[0], "target_new": f.answer} for f in small.facts]
+    report, _ = evaluate(model, records, [], Config(row_length=64))
+    assert round(report["figures"]["reliability"], 4) >= recalled[0] > 0.2  # a recalled one ends with EOS too
