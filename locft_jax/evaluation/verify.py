@@ -84,19 +84,15 @@ def score_corpus(
         yield from zip(chunk.tolist(), by_example(batch, best), by_example(batch, logprob), strict=True)
 
 
+@dataclasses.dataclass
 class ProbeCache:
     """Activations of texts that were read once, entering `layer`: an edit at or above it changes none of
     them. The first `answer` that is given an empty one fills it, later ones read it."""
 
-    def __init__(self, layer: int, mode: str) -> None:
-        self.layer, self.mode = layer, mode  # as `choose_mode` returned it
-        self.corpus: Corpus | None = None
-        self.source: Source | None = None
-        self.numbers: dict[bytes, int] = {}  # text -> example
-
-    def hold(self, corpus: Corpus) -> None:
-        """The texts whose activations it will have."""
-        self.corpus, self.numbers = corpus, {key: n for n, key in enumerate(_keys(corpus))}
+    layer: int
+    mode: str  # as `choose_mode` returned it
+    corpus: Corpus | None = None
+    source: Source | None = None
 
     def advance(self, model: Model, row_length: int) -> None:
         """One layer higher, through the model's own weights. Texts read anew are read from their tokens."""
@@ -166,11 +162,9 @@ class _Answers:
 
 def begin_cache(prompts: Prompts, mesh: Mesh, mode: str) -> ProbeCache:
     """A cache of what `answer` reads first of these prompts, at layer 0; `advance` carries it upward."""
-    known, cache = _Answers(prompts), ProbeCache(0, mode)
+    known = _Answers(prompts)
     corpus = known.texts(known.open(sorted(set(known.equal()))))
-    cache.hold(corpus)
-    cache.source = token_source(corpus, mesh)
-    return cache
+    return ProbeCache(0, mode, corpus, token_source(corpus, mesh))
 
 
 def answer(
@@ -195,8 +189,8 @@ def answer(
 
     todo = report(sorted(set(same)))
     if cache is not None and cache.source is not None and cache.corpus is not None:
-        numbers = [cache.numbers.get(key) for key in _keys(known.texts(todo))]
-        met = {n: i for n, i in zip(numbers, todo, strict=True) if n is not None}
+        held = {key: n for n, key in enumerate(_keys(cache.corpus))}
+        met = {held[key]: i for key, i in zip(_keys(known.texts(todo)), todo, strict=True) if key in held}
         which = np.asarray(list(met), np.int64)
         for n, best, _ in score_corpus(model, cache.corpus, row_length, cache.source, which):
             known.accept(met[n], best.tolist())
@@ -216,7 +210,7 @@ def _read(
     layer = cache.layer if cache is not None else 0
     fill = cache if cache is not None and cache.corpus is None else None
     if fill is not None:
-        fill.hold(corpus)
+        fill.corpus = corpus
         values = activation_cache.empty_values(fill.mode, params, len(corpus.tokens))
     tokens, unread = place(corpus.tokens, replicated(mesh)), len(corpus)
     decoding: Decoder | None = None

@@ -30,12 +30,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return x32.astype(x.dtype) * scale
 
 
-def linear(x: jax.Array, w: jax.Array | Quantized, bias: jax.Array | None = None) -> jax.Array:
-    """x [..., D], w [F, D] (HF layout) -> [..., F]."""
-    y = product(x, w, x.dtype) if isinstance(w, Quantized) else jnp.einsum("...d,fd->...f", x, w)
-    return y if bias is None else y + bias
-
-
 def rope_frequencies(spec: ModelSpec) -> jax.Array:
     """Rotary frequencies [H / 2], float32, with the checkpoint's scaling."""
     freq = spec.rope_theta ** (-jnp.arange(0, spec.head_dim, 2, dtype=jnp.float32) / spec.head_dim)
@@ -111,8 +105,10 @@ def packed_targets(rows: Rows, window: jax.Array, targets: Targets) -> Attend:
 
 
 def project(key: str, x: jax.Array, w: Weights) -> jax.Array:
-    """x [..., in] through the matrix `key` of a layer, with its bias -> [..., out]."""
-    return linear(x, w[key], w.get(f"{key}_bias"))
+    """x [..., in] through the matrix `key` [out, in] of a layer, with its bias -> [..., out]."""
+    m, bias = w[key], w.get(f"{key}_bias")
+    y = product(x, m, x.dtype) if isinstance(m, Quantized) else jnp.einsum("...d,fd->...f", x, m)
+    return y if bias is None else y + bias
 
 
 def layer(

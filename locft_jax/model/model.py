@@ -15,12 +15,6 @@ from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import Overrides, Params, Quantized, Weights, locate_tensor
 
 
-def with_eos(checkpoint: HFFolder, tokenizer: Any) -> tuple[int, ...]:
-    """All ids that end an answer: config's, generation_config's and the tokenizer's."""
-    own = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
-    return tuple(sorted({*checkpoint.eos, *own}))
-
-
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A loaded model: frozen weights on a mesh, overrides (none at first), and the folder it came from."""
@@ -45,7 +39,9 @@ class Model:
 
     @property
     def eos(self) -> tuple[int, ...]:
-        return with_eos(self.folder, self.tokenizer)
+        """All ids that end an answer: config's, generation_config's and the tokenizer's."""
+        own = () if self.tokenizer.eos_token_id is None else (int(self.tokenizer.eos_token_id),)
+        return tuple(sorted({*self.folder.eos, *own}))
 
     @property
     def dtype(self) -> Any:
