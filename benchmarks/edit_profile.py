@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     layer_flops = 2 * tokens * sum(layer_parameters(spec))
     head_flops = 2 * targets * spec.d_model * spec.vocab_size
     parts: dict[str, tuple[Callable[[jax.Array], Any], jax.Array, int | None]] = {
-        "one product, forward (x W^T)": (lambda x: decoder.linear(x, own["gate"]), x, mlp_flops // 3),
+        "one product, forward (x W^T)": (lambda x: decoder.project("gate", x, own), x, mlp_flops // 3),
         "MLP, forward": (mlp, x, mlp_flops),
         "MLP, forward and backward": (lambda x: pull(mlp, x), x, 2 * mlp_flops),
         "attention, forward": (attend, q, None),

@@ -29,10 +29,9 @@ from locft_jax.editing.site import find_site, parameters, read_site
 from locft_jax.editing.step import Hyper, init_state
 from locft_jax.editing.trainer import Job, Schedule, run_shape, train
 from locft_jax.model.activation_cache import cached_source
-from locft_jax.model.quantize import Quantized
 from locft_jax.model.sharding import make_mesh
 from locft_jax.model.spec import ModelSpec, parse_spec
-from locft_jax.model.weights import Params, Weights, abstract_weights
+from locft_jax.model.weights import Params, Quantized, Weights, abstract_weights
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "models" / "Qwen2.5-72B-Instruct.json"
 MODULE, BATCH, ROW = "model.layers.{}.mlp.down_proj.weight", 100, 128

@@ -23,8 +23,7 @@ from locft_jax.editing.checkpointer import Checkpointer
 from locft_jax.editing.hooks import Hook, Progress
 from locft_jax.editing.run import EditTask, agreed_budgets, run_edit
 from locft_jax.editing.site import first_layer
-from locft_jax.evaluation.ask import ask, differing_share, later_drafts, probe_cache
-from locft_jax.evaluation.dynamics import Dynamics
+from locft_jax.evaluation.ask import Dynamics, ask, differing_share, later_drafts, probe_cache
 from locft_jax.evaluation.probes import Answers, Questions
 from locft_jax.evaluation.report import ROWS
 from locft_jax.evaluation.scoring import counts, figures, predictions, unreachable

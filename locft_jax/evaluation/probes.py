@@ -42,10 +42,8 @@ def make_probes(
     if sample is None:
         return probes
     rng = np.random.default_rng(seed)
-    kept: list[int] = []
-    for kind in KINDS:
-        which = [i for i, p in enumerate(probes) if p.kind == kind]
-        kept += [which[i] for i in rng.permutation(len(which))[:sample]]
+    by_kind = [[i for i, p in enumerate(probes) if p.kind == kind] for kind in KINDS]
+    kept = [which[i] for which in by_kind for i in rng.permutation(len(which))[:sample]]
     return [probes[i] for i in sorted(kept)]
 
 

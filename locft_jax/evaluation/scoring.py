@@ -1,7 +1,5 @@
-"""Probes, the stop rule and the scorer: what counts as a right answer ("WILD" protocol).
-
-Autoregressive, greedy, at most 32 new tokens; the answer ends at `.`, a newline or EOS; then
-normalized exact match.
+"""The stop rule and the scorer: what counts as a right answer ("WILD" protocol). Autoregressive, greedy, at
+most 32 new tokens; the answer ends at `.`, a newline or EOS; then normalized exact match.
 """
 
 import functools
@@ -52,75 +50,56 @@ def may_match(begun: str, target: str) -> bool:
 
 @functools.lru_cache(maxsize=4)
 def stop_tables(tokenizer: Any, vocab_size: int, eos: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(official, eos_only): which token ids end an answer, [V] bool each. A token whose text holds
-    a stop character ends it officially; the text is cut at that character. Kept for the next call."""
+    """(official, eos_only): which token ids end an answer, [V] bool each. A token whose text holds a stop
+    character ends it officially; the text is cut at that character. Kept for the next call."""
     eos_only = np.zeros(vocab_size, bool)
     eos_only[[e for e in eos if e < vocab_size]] = True
-    official = eos_only.copy()
-    known = min(len(tokenizer), vocab_size)
+    official, known = eos_only.copy(), min(len(tokenizer), vocab_size)
     texts = tokenizer.batch_decode([[i] for i in range(known)], skip_special_tokens=False)
-    for i, text in enumerate(texts):
-        official[i] |= any(c in text for c in STOP_CHARACTERS)
+    official[:known] |= [any(c in text for c in STOP_CHARACTERS) for text in texts]
     official.flags.writeable = eos_only.flags.writeable = False
     return official, eos_only
 
 
-def rate(values: Sequence[bool] | np.ndarray) -> float | None:
-    """Share of true values, None where there are none."""
+def rate(values: Sequence[float] | np.ndarray) -> float | None:
+    """Share of true values, or mean of shares; None where there are none."""
     return float(np.mean(values)) if len(values) else None
 
 
 def correct(questions: Questions, answers: Answers) -> list[bool | None]:
     """Normalized exact match of each probe; None where no answer is known."""
-    return [
-        None if p.target is None else matches(t, p.target)
-        for p, t in zip(questions.probes, answers.texts, strict=True)
-    ]
+    pairs = zip(questions.probes, answers.texts, strict=True)
+    return [None if p.target is None else matches(text, p.target) for p, text in pairs]
 
 
 def figures(questions: Questions, answers: Answers) -> dict[str, float | None]:
     """Rates 0-1 of every kind of probe; capability is the mean over tasks, as the paper's is."""
-    right = correct(questions, answers)
-    by_kind: dict[str, list[bool]] = {k: [] for k in KINDS}
+    right = zip(questions.probes, correct(questions, answers), answers.full, strict=True)
+    known = [(p, ok, full) for p, ok, full in right if ok is not None]
+    rates = {kind: rate([ok for p, ok, _ in known if p.kind == kind]) for kind in KINDS}
+    to_eos = [matches(full, str(p.target)) for p, _, full in known if p.kind == "reliability"]
     by_task: dict[str, list[bool]] = {}
-    to_eos: list[bool] = []
-    for i, (probe, ok) in enumerate(zip(questions.probes, right, strict=True)):
-        if ok is None:
-            continue
-        if probe.kind == CAPABILITY:
-            by_task.setdefault(probe.case, []).append(ok)
-        else:
-            by_kind[probe.kind].append(ok)
-        if probe.kind == "reliability":
-            to_eos.append(matches(answers.full[i], str(probe.target)))
-    rates = {kind: rate(values) for kind, values in by_kind.items()}
+    for p, ok, _ in known:
+        if p.kind == CAPABILITY:
+            by_task.setdefault(p.case, []).append(ok)
     tasks = [float(np.mean(v)) for v in by_task.values()]
-    return {
-        **rates,
-        "reliability_eos_only": rate(to_eos),
-        CAPABILITY: float(np.mean(tasks)) if tasks else None,
-    }
+    return {**rates, "reliability_eos_only": rate(to_eos), CAPABILITY: rate(tasks)}
 
 
 def by_batch(questions: Questions, answers: Answers, batches: int) -> list[dict[str, float | None]]:
     """Reliability and generalization (0-1) of the requests of each of `batches` arrivals."""
-    right = correct(questions, answers)
+    found: dict[tuple[int, str], list[bool]] = {}
+    for p, ok in zip(questions.probes, correct(questions, answers), strict=True):
+        if ok is not None:
+            found.setdefault((p.batch, p.kind), []).append(ok)
     kinds = ("reliability", "generalization")
-    found: list[dict[str, list[bool]]] = [{k: [] for k in kinds} for _ in range(batches)]
-    for probe, ok in zip(questions.probes, right, strict=True):
-        if probe.kind in kinds and ok is not None:
-            found[probe.batch][probe.kind].append(ok)
-    return [{k: rate(values) for k, values in batch.items()} for batch in found]
+    return [{k: rate(found.get((batch, k), [])) for k in kinds} for batch in range(batches)]
 
 
 def agreement(questions: Questions, before: Answers, after: Answers) -> float | None:
     """Share of locality probes whose answer did not change."""
-    same = [
-        matches(b, a)
-        for p, b, a in zip(questions.probes, before.texts, after.texts, strict=True)
-        if p.kind == "locality"
-    ]
-    return rate(same)
+    pairs = zip(questions.probes, before.texts, after.texts, strict=True)
+    return rate([matches(b, a) for p, b, a in pairs if p.kind == "locality"])
 
 
 def counts(questions: Questions) -> dict[str, int]:

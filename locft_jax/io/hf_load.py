@@ -21,10 +21,18 @@ from locft_jax.errors import UserError, is_panic, refuse
 from locft_jax.io import reading
 from locft_jax.io.hf_folder import HFFolder, open_folder, read_part, read_tensor
 from locft_jax.model.model import Model
-from locft_jax.model.quantize import Quantized, quantize_rows, row_scales
 from locft_jax.model.sharding import fetch, make_mesh, weight_shardings
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Params, Row, Weights, locate_tensor, weight_table
+from locft_jax.model.weights import (
+    Params,
+    Quantized,
+    Row,
+    Weights,
+    locate_tensor,
+    quantize_rows,
+    row_scales,
+    weight_table,
+)
 
 BLOCK = 2**21  # elements that are quantized at once by a thread
 

@@ -1,16 +1,12 @@
-"""Decoding on a KV cache with continuous batching: greedy continuations, and samples of the model itself.
-
-A packed pass reads texts and leaves their keys and values. Each text that is to be continued takes a decode
-slot and frees it for another when it is done. Shapes are few.
-
-Letters as in decoder.py; R decode slots, P cached positions of a slot for what was read, N for what is new.
-The new positions are a ring: in every step all slots write to the same one, and none needs more than N.
+"""Decoding on a KV cache with continuous batching: a packed pass reads texts and leaves their keys and
+values; each text to be continued takes a decode slot until it is done. Letters as in decoder.py; R slots, P
+cached positions of a slot for what was read, N for what is new: a ring, in a step all slots write to one.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +21,13 @@ from locft_jax.model.weights import Params, Weights
 MOST = 256  # decode slots at a time
 LEAST = 16  # fewer are no faster: their time is that of reading the weights
 SAMPLE_SLOTS = 128  # sequences that are sampled at a time
+ROWS = ("pads", "begun", "left", "made", "token")  # what `Slots` has of each slot, a number each
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """The decode slots on the device. A text ends at position P of its slot; its last token is not in the
-    cache yet."""
+    """The decode slots on the device. A text ends at position P of its slot, its last token not cached."""
 
     keys: Any  # [L, R, K, H, P + N]: as the product with one query a slot reads them, without a copy
     values: Any  # [L, R, K, P + N, H]
@@ -54,53 +50,36 @@ def read_batch(
     empty = jnp.zeros((spec.n_layers, *batch.index.shape, spec.n_kv_heads, spec.head_dim), params.dtype)
     window, last = decoder.windows(spec), spec.n_layers - 1
 
-    def keep(w: Weights, l: Any, carry: tuple, how: decoder.Attend) -> tuple:
-        x, new = decoder.layer(spec, w, carry[0], how)
-        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=l, axis=0)
-        return x, *(put(a, b) for a, b in zip(carry[1:], new, strict=True))
+    def run(carry: tuple, start: int, stop: int, attend: Callable[..., decoder.Attend]) -> tuple:
+        def body(w: Weights, l: Any, carry: tuple) -> tuple:
+            x, new = decoder.layer(spec, w, carry[0], attend(rows, window[l]))
+            put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=l, axis=0)
+            return x, *(put(a, b) for a, b in zip(carry[1:], new, strict=True))
 
-    def body(w: Weights, l: Any, carry: tuple) -> tuple:
-        return keep(w, l, carry, decoder.packed(rows, window[l]))
+        return decoder.fold_layers(params, body, carry, start, stop)
 
-    def end(w: Weights, l: Any, carry: tuple) -> tuple:
-        return keep(w, l, carry, decoder.packed_targets(rows, window[l], batch.targets))
-
-    carry = (decoder.embed(params, tokens[batch.index]), empty, empty)
-    carry = decoder.fold_layers(params, body, carry, 0, layer)
+    carry = run((decoder.embed(params, tokens[batch.index]), empty, empty), 0, layer, decoder.packed)
     entering = carry[0]
-    carry = decoder.fold_layers(params, body, carry, layer, last)
-    x, keys, values = decoder.fold_layers(params, end, carry, last, last + 1)
+    carry = run(carry, layer, last, decoder.packed)
+    at_targets = functools.partial(decoder.packed_targets, targets=batch.targets)
+    x, keys, values = run(carry, last, last + 1, at_targets)
     return decoder.best_token(decoder.head(params, x)), entering, (keys, values)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def admit(
-    state: Slots,
-    cache: decoder.KeysValues,
-    slots: jax.Array,
-    places: jax.Array,
-    pads: jax.Array,
-    left: jax.Array,
-    token: jax.Array,
+    state: Slots, cache: decoder.KeysValues, slots: jax.Array, places: jax.Array, new: dict[str, Any]
 ) -> Slots:
     """Texts out of a pass into `slots` [A] (R: nowhere): `places` [A, P] of their tokens among the pass's
-    B * T (any at padding)."""
+    B * T (any at padding); `new`: their pads, left and token, [A] each."""
     layers, _, _, heads, width = cache[0].shape
     keys, values = (a.reshape(layers, -1, heads, width)[:, places] for a in cache)  # [L, A, P, K, H]
-    length = places.shape[1]
-
-    def put(a: jax.Array, b: Any) -> jax.Array:
-        return a.at[slots].set(b, mode="drop")
-
+    length, new = places.shape[1], {**new, "begun": state.step, "made": 0}
     return dataclasses.replace(
         state,
         keys=state.keys.at[:, slots, :, :, :length].set(keys.transpose(0, 1, 3, 4, 2), mode="drop"),
         values=state.values.at[:, slots, :, :length].set(values.swapaxes(2, 3), mode="drop"),
-        pads=put(state.pads, pads),
-        begun=put(state.begun, state.step),
-        left=put(state.left, left),
-        made=put(state.made, 0),
-        token=put(state.token, token),
+        **{name: getattr(state, name).at[slots].set(row, mode="drop") for name, row in new.items()},
     )
 
 
@@ -139,17 +118,11 @@ def decode(
         else:
             token = jax.random.categorical(jax.random.fold_in(key, s.step + 1), scores).astype(jnp.int32)
         live = s.left > 0
+        left = jnp.where(stop[token], 0, jnp.maximum(s.left - 1, 0))
         said = jnp.where(live, token, jax.lax.dynamic_index_in_dim(s.said, here, 1, keepdims=False))
-        return dataclasses.replace(
-            s,
-            keys=keys,
-            values=values,
-            left=jnp.where(stop[token], 0, jnp.maximum(s.left - 1, 0)),
-            made=s.made + live,
-            token=token,
-            said=jax.lax.dynamic_update_slice(s.said, said[:, None], (0, here)),
-            step=s.step + 1,
-        )
+        said = jax.lax.dynamic_update_slice(s.said, said[:, None], (0, here))
+        s = dataclasses.replace(s, keys=keys, values=values, said=said, step=s.step + 1)
+        return dataclasses.replace(s, left=left, made=s.made + live, token=token)
 
     return jax.lax.while_loop(lambda s: jnp.sum(s.left > 0) > enough, step, state)
 
@@ -167,8 +140,7 @@ def attend_one(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
 @jax.jit
 def keep_slots(state: Slots, slots: jax.Array) -> Slots:
     """The state of `slots` [r] alone."""
-    names = ("pads", "begun", "left", "made", "token", "said")
-    kept = {name: getattr(state, name)[slots] for name in names}
+    kept = {name: getattr(state, name)[slots] for name in (*ROWS, "said")}
     return Slots(keys=state.keys[:, slots], values=state.values[:, slots], step=state.step, **kept)
 
 
@@ -183,10 +155,7 @@ def abstract_slots(params: Params, mesh: Mesh, slots: int, length: int, new_toke
         values=like((spec.n_layers, slots, heads, total, width), params.dtype, sharding=cache),
         said=like((slots, new_tokens), jnp.int32, sharding=row),
         step=like((), jnp.int32, sharding=replicated(mesh)),
-        **{
-            name: like((slots,), jnp.int32, sharding=row)
-            for name in ("pads", "begun", "left", "made", "token")
-        },
+        **{name: like((slots,), jnp.int32, sharding=row) for name in ROWS},
     )
 
 
@@ -194,6 +163,15 @@ def empty_slots(params: Params, mesh: Mesh, slots: int, length: int, new_tokens:
     """Slots that are all free."""
     like = abstract_slots(params, mesh, slots, length, new_tokens)
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding), like)
+
+
+class Continued(NamedTuple):
+    """A text to be continued."""
+
+    text: int  # its number
+    places: np.ndarray  # of its tokens but the last among the pass's B * T
+    last: int  # the last token
+    room: int  # how many more are allowed
 
 
 class Decoder:
@@ -208,29 +186,21 @@ class Decoder:
         self.text = np.full(few_sizes(slots, LEAST, 4), -1)  # of each slot, -1: free
         self.state = empty_slots(params, mesh, len(self.text), length, new_tokens)
 
-    def add(
-        self,
-        cache: decoder.KeysValues,
-        texts: Sequence[int],
-        places: Sequence[np.ndarray],
-        tokens: Sequence[int],
-        room: Sequence[int],
-    ) -> Iterator[tuple[int, list[int]]]:
-        """Number of each text, `places` of its tokens but the last among the cache's B * T, the last, and
-        how many more are allowed."""
+    def add(self, cache: decoder.KeysValues, texts: Sequence[Continued]) -> Iterator[tuple[int, list[int]]]:
+        """Those of `texts` that a pass has left open, with its `cache`."""
         each = max(1, len(self.text) // 4)
         for start in range(0, len(texts), each):
-            which = range(start, min(start + each, len(texts)))
-            yield from self._run(len(self.text) - len(which))
+            part = texts[start : start + each]
+            yield from self._run(len(self.text) - len(part))
             slots, free = np.full(each, len(self.text), np.int32), np.flatnonzero(self.text < 0)
             index, pads = np.zeros((each, self.length), np.int32), np.full(each, self.length, np.int32)
-            left, last = np.zeros(each, np.int32), np.zeros(each, np.int32)
-            for n, i in enumerate(which):
-                slots[n], left[n], last[n] = free[n], room[i], tokens[i]
-                pads[n] = self.length - len(places[i])
-                index[n, pads[n] :] = places[i]
-                self.text[free[n]] = texts[i]
-            self.state = admit(self.state, cache, *map(self._put, (slots, index, pads, left, last)))
+            left, token = np.zeros((2, each), np.int32)
+            for n, (text, places, last, room) in enumerate(part):
+                slots[n], left[n], token[n], pads[n] = free[n], room, last, self.length - len(places)
+                index[n, pads[n] :] = places
+                self.text[free[n]] = text
+            new = {"pads": pads, "left": left, "token": token}
+            self.state = admit(self.state, cache, *jax.tree.map(self._put, (slots, index, new)))
 
     def finish(self) -> Iterator[tuple[int, list[int]]]:
         while (self.text >= 0).any():
@@ -268,24 +238,16 @@ def new_tokens(state: Slots, slots: np.ndarray) -> list[list[int]]:
 def sample(
     params: Params, mesh: Mesh, start: int, stop: np.ndarray, seed: int, shape: tuple[int, int]
 ) -> list[list[int]]:
-    """Token sequences from the model itself at temperature 1.
-
-    Args:
-        params: of the model.
-        mesh: on which it is.
-        start: the token that every sequence begins with.
-        stop: [V] bool, the tokens that end a sequence; the one that does is part of it.
-        seed: of the draws.
-        shape: (how many sequences, their tokens at most, `start` included).
-    """
+    """Token sequences from the model itself at temperature 1, `shape` (how many, their tokens at most). Each
+    begins with `start` and ends with the first token of `stop` [V] bool; both are part of it."""
     count, length = shape
     found: list[list[int]] = []
     for part in range(-(-count // SAMPLE_SLOTS)):
         state = empty_slots(params, mesh, SAMPLE_SLOTS, 0, max(1, length - 1))
         full = np.ones(SAMPLE_SLOTS, np.int32)
         left, token = (place(n * full, state.left.sharding) for n in (length - 1, start))
-        state = dataclasses.replace(state, left=left, token=token)
-        key = jax.random.fold_in(jax.random.key(seed), part)
-        state = decode(params, state, *(place(a, replicated(mesh)) for a in (stop, np.int32(0))), key)
+        state, key = dataclasses.replace(state, left=left, token=token), jax.random.key(seed)
+        inputs = (place(a, replicated(mesh)) for a in (stop, np.int32(0)))
+        state = decode(params, state, *inputs, jax.random.fold_in(key, part))
         found += [[start, *tokens] for tokens in new_tokens(state, np.arange(SAMPLE_SLOTS))]
     return found[:count]

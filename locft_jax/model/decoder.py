@@ -1,10 +1,7 @@
-"""The decoder: one layer, the loop over layers, and what the heads read. Pure functions.
+"""The decoder: one layer, the loop over layers, and what the heads read. Pure functions of `Params`.
 
-Letters: B rows, T positions of a row, S key positions, D model width, N query heads, K key/value
-heads, G = N / K, H head width, F MLP width, V vocabulary, M target positions.
-
-Everything takes `Params`: its overrides replace frozen matrices by HF tensor name, so an edited model is
-never a second copy of the weights.
+Letters: B rows, T positions of a row, S key positions, D model width, N query heads, K key/value heads, H
+head width, F MLP width, V vocabulary, M target positions.
 """
 
 import dataclasses
@@ -18,10 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from locft_jax.data.packing import Rows, Targets
-from locft_jax.model.quantize import Quantized, product, take_rows
 from locft_jax.model.sharding import for_keys, split_width, whole_width
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Params, Weights, split_overrides
+from locft_jax.model.weights import Params, Quantized, Weights, product, split_overrides, take_rows
 
 Body = Callable[[Weights, Any, Any], Any]  # (a layer's weights, its number, carry) -> carry
 KeysValues = tuple[jax.Array, jax.Array]  # [B, T, K, H] each
@@ -32,12 +28,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return x32.astype(x.dtype) * scale
-
-
-def linear(x: jax.Array, w: jax.Array | Quantized, bias: jax.Array | None = None) -> jax.Array:
-    """x [..., D], w [F, D] (HF layout) -> [..., F]."""
-    y = product(x, w, x.dtype) if isinstance(w, Quantized) else jnp.einsum("...d,fd->...f", x, w)
-    return y if bias is None else y + bias
 
 
 def rope_frequencies(spec: ModelSpec) -> jax.Array:
@@ -51,8 +41,8 @@ def rope_frequencies(spec: ModelSpec) -> jax.Array:
     # llama3: long wavelengths are stretched, short ones kept, those between blended.
     wavelength = 2 * jnp.pi / freq
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    blend = (scaling.original_max_position / wavelength - low) / (high - low)
-    return freq * (jnp.clip(blend, 0, 1) + (1 - jnp.clip(blend, 0, 1)) / scaling.factor)
+    blend = jnp.clip((scaling.original_max_position / wavelength - low) / (high - low), 0, 1)
+    return freq * (blend + (1 - blend) / scaling.factor)
 
 
 def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
@@ -80,13 +70,6 @@ def segment_mask(q_segments: jax.Array, q_positions: jax.Array, rows: Rows, wind
     return same & (distance >= 0) & (distance < window)
 
 
-# ---------------------------------------------------------------- one layer
-
-
-def _same(x: jax.Array) -> jax.Array:
-    return x
-
-
 @dataclasses.dataclass(frozen=True)
 class Attend:
     """What the callers of `layer` differ in: which tokens it is computed for, and what they attend to."""
@@ -95,8 +78,8 @@ class Attend:
     """(q [..., N, H], k and v [..., K, H]) -> (attended [..., N * H], what the caller keeps of k and v)"""
     positions: jax.Array  # [...] of x's tokens, all of which have keys and values
     queried: jax.Array  # [...] positions of those that `select` picks
-    select: Callable[[jax.Array], jax.Array] = _same  # x [..., D] -> the tokens whose output is wanted
-    stream: Callable[[jax.Array], jax.Array] = _same  # the residual stream's sharding between products
+    select: Callable[[jax.Array], jax.Array] = lambda x: x  # x [..., D] -> tokens whose output is wanted
+    stream: Callable[[jax.Array], jax.Array] = lambda x: x  # the residual stream's sharding between products
 
 
 def packed(rows: Rows, window: jax.Array) -> Attend:
@@ -109,11 +92,8 @@ def packed(rows: Rows, window: jax.Array) -> Attend:
 
 
 def packed_targets(rows: Rows, window: jax.Array, targets: Targets) -> Attend:
-    """Packed rows where only M target positions are read: x [B, T, D] -> [M, D].
-
-    Keys and values need every position; query, output and MLP only the targets. Queries are laid
-    out by row ([B, W]) for the attention itself and are flat ([M]) for every matrix product.
-    """
+    """Packed rows where only M target positions are read: x [B, T, D] -> [M, D]. Keys and values need every
+    position. Queries are laid out by row ([B, W]) for attention and are flat ([M]) for every product."""
     segments, positions = rows.segments.reshape(-1)[targets.at], rows.positions.reshape(-1)[targets.at]
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KeysValues]:
@@ -125,8 +105,10 @@ def packed_targets(rows: Rows, window: jax.Array, targets: Targets) -> Attend:
 
 
 def project(key: str, x: jax.Array, w: Weights) -> jax.Array:
-    """x [..., in] through the matrix `key` of a layer, with its bias -> [..., out]."""
-    return linear(x, w[key], w.get(f"{key}_bias"))
+    """x [..., in] through the matrix `key` [out, in] of a layer, with its bias -> [..., out]."""
+    m, bias = w[key], w.get(f"{key}_bias")
+    y = product(x, m, x.dtype) if isinstance(m, Quantized) else jnp.einsum("...d,fd->...f", x, m)
+    return y if bias is None else y + bias
 
 
 def layer(
@@ -143,17 +125,13 @@ def layer(
         if spec.qk_norm:
             q, k = rms_norm(q, w["q_norm"], spec.rms_eps), rms_norm(k, w["k_norm"], spec.rms_eps)
         frequencies = rope_frequencies(spec)
-        attended, kept = how.attend(
-            rotate(q, how.queried, frequencies), rotate(k, how.positions, frequencies), v
-        )
+        q, k = rotate(q, how.queried, frequencies), rotate(k, how.positions, frequencies)
+        attended, kept = how.attend(q, k, v)
         x = how.stream(how.select(x) + tap("o", attended, w))
     with jax.named_scope("mlp"):
         h = whole_width(rms_norm(x, w["mlp_norm"], spec.rms_eps))
         x = how.stream(x + tap("down", jax.nn.silu(tap("gate", h, w)) * tap("up", h, w), w))
     return x, kept
-
-
-# ---------------------------------------------------------------- the loop over layers
 
 
 def windows(spec: ModelSpec) -> jax.Array:
@@ -172,11 +150,9 @@ def take_layer(weights: Weights, layer: jax.Array) -> dict[str, jax.Array]:
 
 
 def fold_layers(params: Params, body: Body, carry: Any, start: int, stop: int) -> Any:
-    """carry = body(layer's weights, layer, carry) for each layer in [start, stop).
-
-    Runs of layers without overrides are one scan over layer *indices* (slices of the stack would copy it);
-    a layer with overrides is unrolled, its own matrices in place of the frozen ones.
-    """
+    """carry = body(layer's weights, layer, carry) for each layer in [start, stop). Runs of layers without
+    overrides are one scan over layer *indices* (slices of the stack would copy it); a layer with overrides is
+    unrolled, its own matrices in place of the frozen ones."""
     stacked, dtype = stacks(params.weights), params.dtype
     own = split_overrides(params.spec, params.overrides)[1]
     cuts = sorted({start, stop, *(l for e in own if start <= e < stop for l in (e, e + 1))})
@@ -185,6 +161,7 @@ def fold_layers(params: Params, body: Body, carry: Any, start: int, stop: int) -
             w = jax.tree.map(lambda a, l=first: a[l], stacked)
             carry = body(w | {k: a.astype(dtype) for k, a in own.get(first, {}).items()}, first, carry)
             continue
+
         # The backward pass slices the weights again: kept from the forward pass, the slices of
         # all layers would be a second copy of the stack. Products are kept, none is computed twice.
         @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False)
@@ -204,16 +181,11 @@ def run_layers(params: Params, x: jax.Array, rows: Rows, start: int, stop: int) 
 def hidden_at_targets(
     params: Params, x: jax.Array, rows: Rows, targets: Targets, start: int = 0
 ) -> jax.Array:
-    """Residual stream x [B, T, D] entering layer `start` -> the last layer's output at the target
-    positions [M, D]."""
+    """Residual stream x [B, T, D] entering layer `start` -> the last layer's output at targets [M, D]."""
     spec, last = params.spec, params.spec.n_layers - 1
-    if start < last:
-        x = run_layers(params, x, rows, start, last)
+    x = run_layers(params, x, rows, start, last)
     how = packed_targets(rows, windows(spec)[last], targets)
     return fold_layers(params, lambda w, l, x: layer(spec, w, x, how)[0], x, last, last + 1)
-
-
-# ---------------------------------------------------------------- embedding and head
 
 
 def embed(params: Params, tokens: jax.Array) -> jax.Array:
@@ -236,8 +208,8 @@ def head(params: Params, x: jax.Array) -> jax.Array:
 
 
 def best_token(scores: jax.Array) -> jax.Array:
-    """The first arg-max of scores [..., V], int32. In two steps, the best of some blocks and its place in
-    that block: XLA's single pass for both costs as much on a CPU as the projection itself."""
+    """The first arg-max of scores [..., V], int32. In two steps, the best of some blocks and its place there:
+    XLA's single pass for both costs as much on a CPU as the projection itself."""
     blocks = math.gcd(scores.shape[-1], 64)
     parts = scores.reshape(*scores.shape[:-1], blocks, -1)
     block = jnp.argmax(jnp.max(parts, axis=-1), axis=-1)
@@ -246,12 +218,7 @@ def best_token(scores: jax.Array) -> jax.Array:
 
 
 def logits(params: Params, tokens: jax.Array) -> jax.Array:
-    """Plain causal forward of unpacked rows: tokens [B, T] -> logits [B, T, V] float32.
-
-    For scoring short texts and `CausalLM`; editing and evaluation use the paths above.
-    """
-    batch, time = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
-    x = embed(params, tokens)
-    x = run_layers(params, x, Rows(jnp.ones((batch, time), jnp.int32), positions), 0, params.spec.n_layers)
-    return head(params, x)
+    """Plain causal forward of unpacked rows: tokens [B, T] -> logits [B, T, V] float32."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    rows = Rows(jnp.ones(tokens.shape, jnp.int32), positions)
+    return head(params, run_layers(params, embed(params, tokens), rows, 0, params.spec.n_layers))

@@ -1,10 +1,11 @@
 """Will it fit? Bytes that a run needs on each device, against what is there, before anything is loaded.
-
-Certain: the weights in their dtype, and the tuned state (float32 master, two Adam moments, gradient).
-Rough: what one step computes. Only the certain part is a reason to refuse; the rest gives a warning.
+Certain, a reason to refuse: the weights in their dtype, and the tuned state (float32 master, two Adam
+moments, gradient). Rough, a reason to warn: what one step computes.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import math
 import re
 import subprocess
@@ -26,14 +27,13 @@ SMALLEST_SITE = "model.layers.{}.mlp.down_proj.weight"
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The size of one batch: examples, tokens of its packed rows, length of a row, target positions; and
-    the layer from which on it is computed."""
+    """The size of one batch."""
 
     examples: int
-    tokens: int
-    length: int
-    targets: int
-    first: int
+    tokens: int  # of its packed rows
+    length: int  # of a row
+    targets: int  # positions
+    first: int  # layer, from which on it is computed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,15 +91,14 @@ def estimate(
     table = weight_table(spec)
     weights = sum(frozen(row) * max(1, row.layers) for row in table.values())
     tuned = sum(held(locate_tensor(spec, name)[0]) for name in site) * 4 * np.dtype(np.float32).itemsize
-    used = 0
-    if step is not None:
-        q, kv, f, vocabulary = (held(table[key].scales()) for key in ("q", "k", "gate", "embed"))
-        stream = spec.d_model // width_split(mesh, spec.d_model)
-        token = (2 * q + 2 * kv + 2 * stream + 2 * f) * itemsize + q // spec.head_dim * step.length * 4
-        used = (spec.n_layers - step.first) * math.ceil(step.tokens / sizes["data"]) * token
-        used += step.targets * vocabulary * 2 * 4
-        used += max(held(row) for row in table.values()) * itemsize if int8 else 0
-    return Need(weights, tuned, used)
+    if step is None:
+        return Need(weights, tuned, 0)
+    q, kv, f, vocabulary = (held(table[key].scales()) for key in ("q", "k", "gate", "embed"))
+    stream = spec.d_model // width_split(mesh, spec.d_model)
+    token = (2 * q + 2 * kv + 2 * stream + 2 * f) * itemsize + q // spec.head_dim * step.length * 4
+    used = (spec.n_layers - step.first) * math.ceil(step.tokens / sizes["data"]) * token
+    largest = max(held(row) for row in table.values()) * itemsize if int8 else 0
+    return Need(weights, tuned, used + step.targets * vocabulary * 2 * 4 + largest)
 
 
 def check_memory(
@@ -131,8 +130,7 @@ def check_memory(
 def remedy(
     spec: ModelSpec, mesh: Mesh, itemsize: int, site: Sequence[str], room: "Room", int8: bool = False
 ) -> str:
-    """The smallest change with which weights and tuned state fit: devices that are there before fewer
-    bits, these before a smaller site, and other hardware last."""
+    """What lets weights and tuned state fit: devices here, fewer bits, a smaller site, more devices."""
     now, count = mesh.shape["model"], jax.device_count()
     layers = [locate_tensor(spec, name)[1] for name in site]
     least = [SMALLEST_SITE.format(layers[0] or 0)] if site else []
@@ -141,20 +139,17 @@ def remedy(
     if not int8:
         kinds += [(min(itemsize, 2), False, "weights=bfloat16"), (itemsize, True, "weights=int8")]
 
-    def fits(model: int, itemsize: int, int8: bool, site: Sequence[str]) -> bool:
-        need = estimate(spec, {"data": 1, "model": model}, itemsize, site, None, int8)
-        return need.certain <= room.free
+    def certain(model: int, itemsize: int, int8: bool, site: Sequence[str]) -> int:
+        return estimate(spec, {"data": 1, "model": model}, itemsize, site, None, int8).certain
 
-    for sites, tune in ((site, ""), (least, f"rewrite_module={SMALLEST_SITE} in one layer")):
-        for size, quantized, dtype in kinds:
-            for model in axes:
-                if fits(model, size, quantized, sites):
-                    axis = f"mesh={{data: {count // model}, model: {model}}}" if model != now else ""
-                    return "use " + " and ".join(filter(None, (axis, dtype, tune)))
-    needed = as_text(estimate(spec, {"data": 1, "model": now}, itemsize, least, None, True).certain)
-    more = next(
-        (m for m in (2**k for k in range(1, 14)) if m > count and fits(m, itemsize, True, least)), None
-    )
+    sites = (site, ""), (least, f"rewrite_module={SMALLEST_SITE} in one layer")
+    for (names, tune), (size, quantized, dtype), model in itertools.product(sites, kinds, axes):
+        if certain(model, size, quantized, names) <= room.free:
+            axis = f"mesh={{data: {count // model}, model: {model}}}" if model != now else ""
+            return "use " + " and ".join(filter(None, (axis, dtype, tune)))
+    needed = as_text(certain(now, itemsize, True, least))
+    powers = (2**k for k in range(1, 14) if 2**k > count)
+    more = next((m for m in powers if certain(m, itemsize, True, least) <= room.free), None)
     devices = f", or {more} such devices with mesh={{data: 1, model: {more}}}" if more else ""
     return f"even weights=int8 and the smallest site need {needed} there{devices}"
 
@@ -168,8 +163,7 @@ class Room:
 
 
 def device_memory(mesh: Mesh) -> Room:
-    """What is free on the mesh's fullest device here; devices without a memory of their own share the
-    host's."""
+    """What is free on the mesh's fullest device here; devices without own memory share the host's."""
     stats = [d.memory_stats() or {} for d in mesh.local_devices]
     if all("bytes_limit" in s for s in stats):
         return Room(min(s["bytes_limit"] - s.get("bytes_in_use", 0) for s in stats), False)
@@ -177,8 +171,7 @@ def device_memory(mesh: Mesh) -> Room:
 
 
 def host_memory() -> int:
-    """Bytes of host memory that this process may still take: of the machine's, and of its container's if
-    these are fewer. Files that are only cached can go."""
+    """Bytes that this process may still take of the machine's memory, or of its container's if fewer."""
     free = [int(kib) * 1024 for kib in re.findall(r"MemAvailable: +(\d+)", _read("/proc/meminfo"))]
     stat = "" if free else _output("vm_stat")  # macOS
     if page := re.search(r"page size of (\d+) bytes", stat):
@@ -200,23 +193,21 @@ def _group_memory(group: Path, version_1: bool) -> int | None:
     limit, used = (_read(f"{group}/memory.{name}").strip() for name in names)
     if not (limit.isdecimal() and used.isdecimal()):
         return None
-    stat = _read(f"{group}/memory.stat")
+    stat = _read(f"{group}/memory.stat")  # files that are only cached can go
     cached = re.search(rf"^{'total_' if version_1 else ''}inactive_file (\d+)$", stat, re.MULTILINE)
     return int(limit) - int(used) + (int(cached[1]) if cached else 0)
 
 
 def _read(path: str) -> str:
-    try:
+    with contextlib.suppress(OSError):
         return Path(path).read_text()
-    except OSError:
-        return ""
+    return ""
 
 
 def _output(command: str) -> str:
-    try:
+    with contextlib.suppress(OSError):
         return subprocess.run([command], capture_output=True, text=True, check=False).stdout
-    except OSError:
-        return ""
+    return ""
 
 
 def as_text(size: int) -> str:
@@ -226,8 +217,7 @@ def as_text(size: int) -> str:
 
 
 def memory_budgets(stated: float | None) -> tuple[float, float]:
-    """Bytes that caches may take (on each device, on the host): what was stated (GiB), else 80 % of what
-    is free here."""
+    """Bytes that caches may take (on each device, on the host): those stated (GiB), else 80 % of the free."""
     if stated is not None:
         return stated * 2**30, stated * 2**30
     host = 0.8 * host_memory()

@@ -10,22 +10,14 @@ from jax.sharding import Mesh
 
 from locft_jax.io.delta import Delta, check_delta
 from locft_jax.io.hf_folder import HFFolder
-from locft_jax.model.quantize import Quantized
 from locft_jax.model.sharding import place, tensor_sharding
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Overrides, Params, Weights, locate_tensor
-
-
-def with_eos(checkpoint: HFFolder, tokenizer: Any) -> tuple[int, ...]:
-    """All ids that end an answer: config's, generation_config's and the tokenizer's."""
-    own = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
-    return tuple(sorted({*checkpoint.eos, *own}))
+from locft_jax.model.weights import Overrides, Params, Quantized, Weights, locate_tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A loaded model: frozen weights on a mesh, tokenizer, and the overrides that it carries (none at
-    first). It names the folder it came from."""
+    """A loaded model: frozen weights on a mesh, overrides (none at first), and the folder it came from."""
 
     params: Params
     mesh: Mesh
@@ -47,7 +39,9 @@ class Model:
 
     @property
     def eos(self) -> tuple[int, ...]:
-        return with_eos(self.folder, self.tokenizer)
+        """All ids that end an answer: config's, generation_config's and the tokenizer's."""
+        own = () if self.tokenizer.eos_token_id is None else (int(self.tokenizer.eos_token_id),)
+        return tuple(sorted({*self.folder.eos, *own}))
 
     @property
     def dtype(self) -> Any:
@@ -76,7 +70,6 @@ class Model:
         return dataclasses.replace(self, params=self.params.over({**self.overrides, **placed}))
 
     def apply(self, delta: Delta) -> "Model":
-        """The model with a delta's tensors in place; raises UserError if the delta was not made on this
-        checkpoint."""
+        """With a delta's tensors in place. Raises UserError if it was not made on this checkpoint."""
         check_delta(self.folder, delta)
         return self.with_overrides(delta.new)

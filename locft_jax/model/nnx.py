@@ -10,12 +10,9 @@ from locft_jax.model.weights import Params, Weights
 
 
 class CausalLM(nnx.Module):
-    """A thin module over the functional model: `CausalLM(model)(tokens)` -> logits.
-
-    `nnx.state(module, nnx.Param)` holds the frozen weights by table key (layers stacked
-    [L, out, in]; a Quantized where they are int8) and, under `overrides`, the edited matrices by HF
-    name; `nnx.jit` works as usual.
-    """
+    """`CausalLM(model)(tokens)` -> logits. `nnx.state(module, nnx.Param)` holds the frozen weights by table
+    key (layers stacked [L, out, in]; a Quantized where they are int8) and, under `overrides`, the edited
+    matrices by HF name; `nnx.jit` works as usual."""
 
     def __init__(self, model: Model) -> None:
         self.spec: ModelSpec = model.spec

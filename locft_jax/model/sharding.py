@@ -1,7 +1,6 @@
-"""The mesh, the only place where it is made, and what lies where on it.
-
-Two axes: `data` splits the rows of a batch, `model` splits heads, MLP width and vocabulary. A
-dimension that the `model` axis does not divide is replicated: slower, never wrong.
+"""The mesh, the only place where it is made, and what lies where on it. Two axes: `data` splits the rows of a
+batch, `model` splits heads, MLP width and vocabulary. A dimension that the `model` axis does not divide is
+replicated: slower, never wrong.
 """
 
 import math
@@ -16,17 +15,13 @@ from jax.sharding import PartitionSpec as P
 
 from locft_jax.data.packing import Batch
 from locft_jax.errors import UserError
-from locft_jax.model.quantize import Quantized
 from locft_jax.model.spec import ModelSpec
-from locft_jax.model.weights import Row, Weights, weight_table
+from locft_jax.model.weights import Quantized, Row, Weights, weight_table
 
 
 def make_mesh(shape: Mapping[str, int] | None = None, devices: list[jax.Device] | None = None) -> Mesh:
-    """`{data: 1, model: -1}` over the devices present, those of all processes; -1 takes what is left.
-
-    Raises UserError when the product does not fit the number of devices, or, with several processes, leaves
-    some of them idle.
-    """
+    """`{data: 1, model: -1}` over the devices present, those of all processes; -1 takes what is left. Raises
+    UserError when the product does not fit their number, or, with several processes, leaves some idle."""
     devices = jax.devices() if devices is None else devices
     processes = len({d.process_index for d in devices})
     sizes = resolve_sizes(shape or {}, len(devices))
@@ -38,12 +33,8 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: list[jax.Device] 
             f"mesh: {dict(shape or {})} does not fit {len(devices)} device(s){of}; data x model must "
             f"{'be' if of else 'divide'} {len(devices)}, for example {{data: 1, model: {len(devices)}}}"
         )
-    return jax.make_mesh(
-        (sizes["data"], sizes["model"]),
-        ("data", "model"),
-        axis_types=(AxisType.Auto, AxisType.Auto),
-        devices=devices[: sizes["data"] * sizes["model"]],
-    )
+    grid = sizes["data"], sizes["model"]
+    return jax.make_mesh(grid, ("data", "model"), (AxisType.Auto,) * 2, devices=devices[: math.prod(grid)])
 
 
 def resolve_sizes(shape: Mapping[str, int], count: int) -> dict[str, int] | None:
@@ -68,8 +59,8 @@ def tensor_spec(mesh: Mesh | AbstractMesh, spec: ModelSpec, row: Row, stacked: b
 
 
 def _spelled(parts: list[Any]) -> P:
-    """As JAX writes a result's partition (no axis of size 1, no None at the end): a step's state is the
-    next step's input, and another spelling would compile the step a second time."""
+    """As JAX writes a result's partition (no axis of size 1, no None at the end): a step's state is the next
+    step's input, and another spelling would compile the step a second time."""
     while parts and parts[-1] is None:
         parts.pop()
     return P(*parts)
@@ -98,17 +89,14 @@ def cache_sharding(mesh: Mesh, rows: int, heads: int, axis: int = 1) -> NamedSha
     """Arrays of a KV cache [L, rows, heads, ...], or (`axis` 0) [rows, ...]: rows split over `data`,
     heads over `model`, where those divide them; with fewer heads than devices, rows over both."""
     split = lambda name, size: name if mesh.shape[name] > 1 and size % mesh.shape[name] == 0 else None  # noqa: E731
-    parts: list[Any] = (
-        [split("data", rows)] if axis == 0 else [None, split("data", rows), split("model", heads)]
-    )
+    parts: list[Any] = [None, split("data", rows), split("model", heads)]
     if axis and parts[2] is None and mesh.shape["model"] > 1 and rows % mesh.size == 0:
         parts[1] = ("data", "model") if mesh.shape["data"] > 1 else "model"
-    return NamedSharding(mesh, _spelled(parts))
+    return NamedSharding(mesh, _spelled(parts if axis else parts[1:2]))
 
 
 def width_split(mesh: Mesh | AbstractMesh, d_model: int) -> int:
-    """Into how many parts the width of activations is split: the `model` axis, or 1 where it does not divide
-    it."""
+    """Into how many parts the width of activations is split: 1 where the `model` axis does not divide it."""
     return mesh.shape["model"] if d_model % mesh.shape["model"] == 0 else 1
 
 
@@ -119,8 +107,8 @@ def source_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def split_width(x: jax.Array) -> jax.Array:
-    """x [..., D] with D split over the `model` axis of the mesh that it lies on, where that divides it: the
-    residual stream between products, of which a step keeps every layer's for the backward pass."""
+    """x [..., D] with D split over its mesh's `model` axis, where that divides it: the residual stream
+    between products, of which a step keeps every layer's for the backward pass."""
     return _constrained(x, "model")
 
 
@@ -152,9 +140,8 @@ def _constrained(x: jax.Array, part: str | None) -> jax.Array:
     size = mesh.shape.get("model", 1)
     if size == 1 or x.shape[-1] % size:
         return x
-    return jax.lax.with_sharding_constraint(
-        x, NamedSharding(mesh, P(*[P.UNCONSTRAINED] * (x.ndim - 1), part))
-    )
+    spec = P(*[P.UNCONSTRAINED] * (x.ndim - 1), part)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -164,8 +151,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def place(value: Any, sharding: NamedSharding) -> jax.Array:
     """A value of the host, the same in every process, or an array of this mesh, where `sharding` wants it.
-    With several processes each sends what its own devices hold, and waits for no other process: threads
-    may call this."""
+    Each process sends what its own devices hold and waits for no other: threads may call this."""
     if sharding.is_fully_addressable or (isinstance(value, jax.Array) and not value.is_fully_addressable):
         return jax.device_put(value, sharding)
     own = np.asarray(value, jnp.result_type(value))

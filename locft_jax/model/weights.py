@@ -1,7 +1,7 @@
 """THE weight table: one row a tensor. Shapes, shardings, loading, saving and sites derive from it.
 
-Matrices stay in the Hugging Face layout [out, in], so that nothing is ever transposed and an
-exported tensor is byte for byte what was loaded. Rows of the layers are stacked: [layer, out, in].
+Matrices stay in the Hugging Face layout [out, in]: nothing is ever transposed, and an exported tensor is byte
+for byte what was loaded. Rows of the layers are stacked: [layer, out, in].
 """
 
 import dataclasses
@@ -12,12 +12,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from locft_jax.model.quantize import Quantized
 from locft_jax.model.spec import ModelSpec
 
 Weights = dict[str, Any]  # row key -> jax.Array or Quantized, layers stacked on axis 0
 Overrides = Mapping[str, jax.Array]  # HF tensor name -> matrix that replaces the frozen one
+LARGEST = 127  # of the int8 values
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """An int8 matrix [out, in], or a stack [L, out, in]: scale[..., None] * values, one scale an output.
+    Products are computed with the values and scaled afterwards: there is no dequantized copy of a stack, and
+    a gradient flows through to the activations."""
+
+    values: Any  # int8 [L, out, in] or [out, in]
+    scale: Any  # float32 [L, out] or [out]
 
 
 @functools.partial(
@@ -70,8 +82,7 @@ class Row:
 
 
 def weight_table(spec: ModelSpec) -> dict[str, Row]:
-    """Every tensor of the model, in checkpoint order. Axes: `vocab`, `heads`, `kv_heads` and
-    `mlp` may be sharded over the mesh's `model` axis; None is never sharded."""
+    """Every tensor of the model, in checkpoint order. The axes that have a name may be sharded."""
     d, f, h = spec.d_model, spec.d_ff, spec.head_dim
     q, kv, layers = spec.n_heads * h, spec.n_kv_heads * h, spec.n_layers
     rows: list[Row] = [Row("embed", "model.embed_tokens.weight", (spec.vocab_size, d), ("vocab", None))]
@@ -102,8 +113,7 @@ def weight_table(spec: ModelSpec) -> dict[str, Row]:
 
 
 def abstract_weights(spec: ModelSpec, dtype: jnp.dtype, int8: bool = False) -> Weights:
-    """The weights' shapes without their values: {key: [L, *shape] or [*shape]} in `dtype`; with `int8`, a
-    Quantized of such for every matrix."""
+    """The weights' shapes without values: {key: [L, *shape] or [*shape]} in `dtype`, or Quantized of such."""
     array = jax.ShapeDtypeStruct
     return {
         key: Quantized(array(row.stacked, jnp.int8), array(row.scales().stacked, jnp.float32))
@@ -114,17 +124,13 @@ def abstract_weights(spec: ModelSpec, dtype: jnp.dtype, int8: bool = False) -> W
 
 
 def init_weights(spec: ModelSpec, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Weights:
-    """Random weights: norms 1, biases 0, matrices normal(0, 0.02) as in Llama; for training the
-    demo model and for benchmarks at a model's shape."""
+    """Random weights: norms 1, biases 0, matrices normal(0, 0.02) as in Llama."""
     weights = {}
-    for name, shape in abstract_weights(spec, dtype).items():
+    for row in weight_table(spec).values():
         key, sub = jax.random.split(key)
-        if "norm" in name:
-            weights[name] = jnp.ones(shape.shape, dtype)
-        elif "bias" in name:
-            weights[name] = jnp.zeros(shape.shape, dtype)
-        else:
-            weights[name] = (0.02 * jax.random.normal(sub, shape.shape)).astype(dtype)
+        constant = jnp.full(row.stacked, "norm" in row.key, dtype)
+        drawn = 0.02 * jax.random.normal(sub, row.stacked) if row.matrix else constant
+        weights[row.key] = drawn.astype(dtype)
     return weights
 
 
@@ -132,13 +138,11 @@ def locate_tensor(spec: ModelSpec, name: str) -> tuple[Row, int | None]:
     """HF tensor name -> (its row, its layer or None). Raises KeyError for a name the model lacks."""
     match = re.match(r"model\.layers\.(\d+)\.(.*)", name)
     template = f"model.layers.{{}}.{match[2]}" if match else name
-    for row in weight_table(spec).values():
-        if row.hf == template:
-            layer = int(match[1]) if match else None
-            if layer is not None and layer >= row.layers:
-                break
-            return row, layer
-    raise KeyError(name)
+    layer = int(match[1]) if match else None
+    row = next((row for row in weight_table(spec).values() if row.hf == template), None)
+    if row is None or (layer or 0) >= max(1, row.layers):
+        raise KeyError(name)
+    return row, layer
 
 
 def take_tensor(params: Params, name: str) -> Any:
@@ -154,8 +158,8 @@ def _put_layer(stack: jax.Array, layer: jax.Array, value: jax.Array) -> jax.Arra
 
 
 def put_tensors(params: Params, tensors: Overrides) -> Params:
-    """`tensors` (of layers) written into their stacks, in place: the stacks given are used up. What runs on
-    the result is compiled without overrides, once for whatever was put there."""
+    """`tensors` (of layers) written into their stacks, in place: those given are used up. What runs on the
+    result is compiled without overrides, once for whatever was put there."""
     weights = dict(params.weights)
     for name, value in tensors.items():
         row, layer = locate_tensor(params.spec, name)
@@ -173,3 +177,32 @@ def split_overrides(
         row, layer = locate_tensor(spec, name)
         (single if layer is None else layers.setdefault(layer, {}))[row.key] = value
     return single, layers
+
+
+def row_scales(block: np.ndarray) -> np.ndarray:
+    """Scales [R] of whole rows [R, in], float32: the largest absolute value / 127; 1 where a row is zero (or
+    too small for a scale), NaN or infinite where the row is."""
+    with np.errstate(invalid="ignore"):
+        largest = np.abs(block.astype(np.float32, copy=False)).max(axis=1)
+        zero = largest < LARGEST * np.finfo(np.float32).tiny
+    return np.where(zero, np.float32(1), largest / np.float32(LARGEST))
+
+
+def quantize_rows(block: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Rows, or the same part of each, [R, C] by their scales [R] -> int8, rounded half to even."""
+    with np.errstate(invalid="ignore"):  # of a row that is not finite: its scale says so
+        scaled = block.astype(np.float32, copy=False) / scale[:, None]
+        return np.rint(scaled, out=scaled).astype(np.int8)
+
+
+def product(x: jax.Array, w: Quantized, dtype: Any) -> jax.Array:
+    """x [..., in] times w [out, in] -> [..., out] in `dtype`."""
+    # float16 ends at 65,504: sums of values up to 127 need more.
+    wide = jnp.promote_types(dtype, jnp.bfloat16)
+    y = jnp.einsum("...d,fd->...f", x, w.values.astype(x.dtype), preferred_element_type=wide)
+    return (y * w.scale).astype(dtype)
+
+
+def take_rows(w: Quantized, index: jax.Array, dtype: Any) -> jax.Array:
+    """Rows `index` [...] of w [out, in] -> [..., in] in `dtype`."""
+    return (w.values[index] * w.scale[index][..., None]).astype(dtype)

@@ -29,7 +29,7 @@ from locft_jax.evaluation.scoring import stop_tables
 from locft_jax.io.delta import check_delta, load_delta, make_delta, save_delta
 from locft_jax.io.hf_folder import DTYPES, open_folder, read_tensor
 from locft_jax.io.hf_load import load_tokenizer
-from locft_jax.model.model import with_eos
+from locft_jax.model.model import Model
 from locft_jax.model.spec import ModelSpec
 from locft_jax.model.weights import weight_table
 from locft_jax.run_identity import base_digest
@@ -496,7 +496,7 @@ def check_tokenizer(place: Place, files: Any) -> bool:
     spec = dataclasses.replace(checkpoint.spec, vocab_size=320)
     corpus = attempt(encode_requests, tokenizer, requests, config, spec)
     assert corpus is None or corpus.tokens.max() < 320
-    stop_tables(tokenizer, 320, with_eos(checkpoint, tokenizer))
+    stop_tables(tokenizer, 320, Model(None, None, tokenizer, checkpoint).eos)
     return corpus is not None
 
 

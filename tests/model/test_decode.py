@@ -12,20 +12,20 @@ from hypothesis import strategies as st
 from locft_jax import load_model
 from locft_jax.model import decode as decode_module
 from locft_jax.model import decoder
-from locft_jax.model.decode import LEAST, SAMPLE_SLOTS, Decoder, Slots, sample
+from locft_jax.model.decode import LEAST, SAMPLE_SLOTS, Continued, Decoder, Slots, sample
 from locft_jax.model.sharding import make_mesh
 
 NEW = 7
 
 
-def admit(state, cache, slots, places, pads, left, token):
+def admit(state, cache, slots, places, new):
     """Plain numpy; the first `left` tokens that a text will say are token, token + 1, ..."""
     fields = {n: np.array(getattr(state, n)) for n in ("pads", "begun", "left", "made", "token")}
-    for slot, *values in zip(*map(np.asarray, (slots, pads, left, token)), strict=True):
+    for n, slot in enumerate(np.asarray(slots)):
         if slot < len(state.left):
             assert fields["left"][slot] == 0, "the slot is taken"
-            for name, value in zip(("pads", "left", "token"), values, strict=True):
-                fields[name][slot] = value
+            for name in ("pads", "left", "token"):
+                fields[name][slot] = new[name][n]
             fields["begun"][slot], fields["made"][slot] = state.step, 0
     return dataclasses.replace(state, **fields)
 
@@ -65,8 +65,8 @@ def test_every_text_gets_its_tokens_and_a_slot_only_while_it_needs_it(parts, slo
         for rooms in parts:
             texts = list(range(count, count + len(rooms)))
             count += len(rooms)
-            places = [np.zeros(1 + i % 4, np.int32) for i in texts]
-            got += decoding.add(None, texts, places, [100 * i for i in texts], rooms)
+            new = ((i, np.zeros(1 + i % 4, np.int32), 100 * i) for i in texts)
+            got += decoding.add(None, [Continued(*text, room) for text, room in zip(new, rooms, strict=True)])
         got += decoding.finish()
     rooms = [room for part in parts for room in part]
     assert sorted(got) == [(i, [100 * i + n for n in range(room)]) for i, room in enumerate(rooms)]

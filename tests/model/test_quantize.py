@@ -21,9 +21,16 @@ from locft_jax.model import decoder
 from locft_jax.model.activation_cache import Inputs
 from locft_jax.model.memory import estimate
 from locft_jax.model.model import Model
-from locft_jax.model.quantize import Quantized, product, quantize_rows, row_scales
 from locft_jax.model.sharding import make_mesh, place_batch, replicated, weight_shardings
-from locft_jax.model.weights import Params, abstract_weights, weight_table
+from locft_jax.model.weights import (
+    Params,
+    Quantized,
+    abstract_weights,
+    product,
+    quantize_rows,
+    row_scales,
+    weight_table,
+)
 
 ONE = {"data": 1, "model": 1}
 MESHES = [{"data": 1, "model": 8}, {"data": 2, "model": 4}, {"data": 8, "model": 1}]
