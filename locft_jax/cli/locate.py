@@ -4,7 +4,6 @@ are what is looked for. With neither a config nor a model the bundled demo is lo
 
 import argparse
 import dataclasses
-import functools
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from rich.console import Console
 from locft_jax import distributed
 from locft_jax.cli.arguments import new_parser, parse_config, split_words
 from locft_jax.config import Config, load_config
+from locft_jax.editing.checkpointer import open_run
 from locft_jax.errors import UserError
 from locft_jax.evaluation.report import plain
 from locft_jax.evaluation.scoring import counts
@@ -20,11 +20,10 @@ from locft_jax.io import outputs
 from locft_jax.io.atomic import whole_folder
 from locft_jax.logs import Bar, log
 from locft_jax.prepare import prepare
-from locft_jax.studies.locate.compiled import compilations
-from locft_jax.studies.locate.measure import Bench
+from locft_jax.studies.locate.measure import Bench, compilations
 from locft_jax.studies.locate.places import MODULES, STUDIED, Plan, make_plan
-from locft_jax.studies.locate.table import Table, finished, open_table, print_results, write_results
-from locft_jax.studies.tables import describe_figures
+from locft_jax.studies.locate.results import finished, print_results, write_results
+from locft_jax.studies.tables import Lines, describe_figures
 
 EDITS, PROBES = 200, 1000  # the sample, where the config says nothing
 
@@ -44,42 +43,40 @@ def carry_out(args: argparse.Namespace) -> None:
     console = Console(markup=False, emoji=False, highlight=False, quiet=not first)
     if first:
         outputs.check_out(out, args.overwrite, args.resume, proof="sites.json")
-    plan_of = functools.partial(
-        make_plan, modules=args.modules, layers=args.layers, strategy=args.strategy, sibling=args.from_sibling
-    )
-    prepared = prepare(sample(given), sites=lambda spec, _: [place.tensors for place in plan_of(spec).all()])
-    plan, edits, questions = plan_of(prepared.base.spec), len(prepared.data.requests), prepared.questions
+    asked = args.modules, args.layers, args.strategy, args.from_sibling
+    sites = lambda spec, _: [place.tensors for place in make_plan(spec, *asked).all()]  # noqa: E731
+    prepared = prepare(sample(given), sites=sites)
+    plan, edits, questions = make_plan(prepared.base.spec, *asked), prepared.data.requests, prepared.questions
     assert questions is not None
     run = prepared.identity() | plan.describe()
     over = first and args.resume and finished(out, run)
     distributed.agree(run)
     if distributed.from_first(over):
         return console.print(plain(f"{out}/ holds this table, finished: nothing to resume"))
-    table = open_table(out, run, args.resume)
+    checkpoint = open_run(out, run, args.resume)
+    lines = Lines(checkpoint / "sites.jsonl")
     for note in prepared.notes:
         log.warning(note)
-    console.print(f"{edits} edits, {len(questions.probes)} probes, {plan.size()}")
+    console.print(f"{len(edits)} edits, {len(questions.probes)} probes, {plan.size()}")
 
     begin = time.monotonic()
-    with table.kept(), compilations(table.folder / "compiled" if first else None) as compiled:
-        model = prepared.load()
-        with Bar("before", len(questions.probes)) as bar:
-            bench = Bench(model, prepared.complete(model), table.before(), bar.advance)
-        table.keep_before(bench.before)
-        measure_places(plan, bench, table)
+    programs = compilations(checkpoint / "compiled" if first else None)
+    with lines.resumable("sites measured so far"), programs as compiled:
+        bench = Bench(prepared.load(), prepared, checkpoint)
+        measure_places(plan, bench, lines)
+        if not first:
+            return
         facts = {
             "model": given.model_name_or_path,
             "layers": plan.spec.n_layers,
-            "edits": edits,
+            "edits": len(edits),
             "probes": counts(questions),
             "before": bench.unedited(),
             "compilations": dict(compiled),
             "seconds": time.monotonic() - begin,
         }
-        if not first:
-            return
         with whole_folder(out) as folder:
-            result = write_results(folder, table.lines, facts, run)
+            result = write_results(folder, lines, facts, run)
     print_results(result, console)
     steps, every = compiled["train_step"], compiled.total()
     console.print(f"{steps} training steps and {every - steps} other programs; {facts['seconds']:.0f} s")
@@ -87,9 +84,8 @@ def carry_out(args: argparse.Namespace) -> None:
 
 
 def sample(config: Config) -> Config:
-    """The config of a run that edits at many sites: a sample of edits and probes where it names none.
-
-    Raises UserError for a config that cannot be measured."""
+    """The config of a run that edits at many sites: a sample of edits and probes where it names none. Raises
+    UserError for a config that cannot be measured."""
     if not config.evaluate:
         raise UserError("evaluate: locate measures every site; use evaluate=true")
     edits, probes = config.num_edits or EDITS, config.eval_sample or PROBES
@@ -97,16 +93,15 @@ def sample(config: Config) -> Config:
     return dataclasses.replace(config, layer=None, rewrite_module=Config.rewrite_module)
 
 
-def measure_places(plan: Plan, bench: Bench, table: Table) -> None:
-    """Fill the table with every place of the plan that it does not hold yet."""
-    for name, places in plan.rounds(table.lines):
+def measure_places(plan: Plan, bench: Bench, lines: Lines) -> None:
+    """Add a line for every place of the plan that has none yet."""
+    seen = {(line["layer"], line["module"]) for line in lines}
+    for name, places in plan.rounds(lines):
         with Bar(name, len(places)) as bar:
-            for place in places:
-                if table.holds(place):
-                    bar.skip()
-                else:
-                    line = table.add(bench.measure(place))
-                    bar.advance(1, f"layer {place.layer} {place.module}: {describe_figures(line)}")
+            bar.skip(sum(place.key in seen for place in places))
+            for place in [place for place in places if place.key not in seen]:
+                line = lines.keep(bench.measure(place))
+                bar.advance(1, f"layer {place.layer} {place.module}: {describe_figures(line)}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

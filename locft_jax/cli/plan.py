@@ -11,9 +11,8 @@ from rich.console import Console
 from locft_jax.cli.arguments import new_parser, parse_config
 from locft_jax.config import load_config
 from locft_jax.logs import log
-from locft_jax.studies.plan.case import make_case
-from locft_jax.studies.plan.fit import plan, smallest
-from locft_jax.studies.plan.report import as_report, print_plan
+from locft_jax.studies.plan.fit import as_report, plan, print_plan, smallest
+from locft_jax.studies.plan.programs import make_case
 from locft_jax.studies.plan.topology import all_slices, larger, parse_topology, prepare_compiler
 
 
@@ -28,10 +27,10 @@ def main(argv: list[str] | None = None) -> None:
     for note in notes:
         log.warning(note)
     if topology is None:
-        outcome = other = smallest(case, all_slices(), log.warning)
+        outcome = other = smallest(case, all_slices())
     else:
-        outcome = plan(case, topology, log.warning)
-        other = outcome if outcome.fits else smallest(case, larger(topology), log.warning)
+        outcome = plan(case, topology)
+        other = outcome if outcome.fits else smallest(case, larger(topology))
     if args.json:
         print(json.dumps(as_report(case, outcome, other, notes)))
     else:

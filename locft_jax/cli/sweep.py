@@ -5,6 +5,7 @@ pictures. What was interrupted, or whose file got more runs, continues with --re
 import argparse
 import dataclasses
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,16 @@ from rich.console import Console
 from locft_jax import api, distributed
 from locft_jax.cli.arguments import new_parser, parse_config
 from locft_jax.data.records import digest
-from locft_jax.editing.checkpointer import resumable
 from locft_jax.editing.trainer import NonFiniteLoss
 from locft_jax.errors import UserError
 from locft_jax.evaluation.report import plain
 from locft_jax.io import outputs
-from locft_jax.io.atomic import append_jsonl, whole_folder
+from locft_jax.io.atomic import kept_jsonl, read_json, whole_folder, write_json
 from locft_jax.logs import log
 from locft_jax.model.model import Model
 from locft_jax.prepare import Opened, Prepared, prepare
-from locft_jax.studies.sweep.grid import Run, read_sweep
-from locft_jax.studies.sweep.table import finished, open_lines, print_results, write_results
-from locft_jax.studies.tables import RATES, Line, describe_figures
+from locft_jax.studies.sweep import Run, print_results, read_sweep, write_results
+from locft_jax.studies.tables import RATES, Line, Lines, describe_figures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,32 +48,36 @@ def carry_out(args: argparse.Namespace) -> None:
     sweep = Path(args.config)
     runs = read_sweep(sweep, args.pairs, args.base)
     out = outputs.local_place(args.out or f"runs/{sweep.stem}")
+    file = out / "checkpoint" / "runs.jsonl"
     console = Console(markup=False, emoji=False, highlight=False, quiet=not first)
     if first:
         outputs.check_out(out, args.overwrite, args.resume, proof="sweep.json")
     opened = Opened()
     jobs = [look(run, opened) for run in runs]
     known = {job.run.name: job.digest for job in jobs}
-    over = first and args.resume and finished(out, known)
+    result = read_json(out / "sweep.json") if first and args.resume else None
+    over = isinstance(result, dict) and result.get("known") == known and not file.parent.exists()
     distributed.agree({"runs": list(known), **known})
     if distributed.from_first(over):
         return console.print(plain(f"{out}/ holds this sweep, finished: nothing to resume"))
-    lines = open_lines(out / "checkpoint", known, args.resume) if first else {}
-    distributed.agree(last=True)
-    lines = distributed.from_first(lines)
+    if first:
+        check_lines(file, known, args.resume)
+    lines = Lines(file)
     for note in dict.fromkeys(note for job in jobs for note in job.prepared.notes):
         log.warning(note)
-    measure_jobs([job for job in jobs if job.run.name not in lines], lines, out / "checkpoint", console)
+    with lines.resumable("runs finished so far"):
+        measure_jobs(jobs, lines, console)
     if not first:
         return
-    ordered = [lines[job.run.name] for job in jobs]
+    by_name = {line["name"]: line for line in lines}
+    ordered = [by_name[name] for name in known]
     facts = {
         "title": f"{sweep.stem}: {ordered[0]['edits']} edits in {Path(ordered[0]['model']).name}",
         "before": next((line["before"] for line in ordered if line["before"]), {}),
         "known": known,
     }
-    with whole_folder(out) as place:
-        result = write_results(place, ordered, facts)
+    with whole_folder(out) as folder:
+        result = write_results(folder, ordered, facts)
     print_results(result, console)
     console.print(plain(f"written to {out}/: " + ", ".join(sorted(p.name for p in out.iterdir()))))
 
@@ -86,10 +89,28 @@ def look(run: Run, opened: Opened) -> Job:
     return Job(run, prepared, digest([identity]))
 
 
-def measure_jobs(jobs: list[Job], lines: dict[str, Line], folder: Path, console: Console) -> None:
-    """Add a line for each of the jobs, on the disk too. One model is held at a time."""
+def check_lines(file: Path, known: Mapping[str, str], resume: bool) -> None:
+    """Remove the lines of earlier runs, or with `resume` look at them; keep what each run of the sweep is
+    (`known`: name -> digest). Raises UserError for a run that the sweep does not have, or has otherwise."""
+    if not resume:
+        file.unlink(missing_ok=True)
+    for line in kept_jsonl(file):
+        name = line["name"]
+        if known.get(name) != line["run"]:
+            what = "with other settings, data or model" if name in known else "which is not in this sweep"
+            raise UserError(
+                f"--resume: {file.parent.parent} holds the run {name}, {what}; use the file and data of that "
+                "sweep (further runs may be added), or another --out"
+            )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file.parent / "run.json", known)
+
+
+def measure_jobs(jobs: Sequence[Job], lines: Lines, console: Console) -> None:
+    """Add a line for each of the jobs that has none yet. One model is held at a time."""
+    done, begin = {line["name"] for line in lines}, time.monotonic()
+    jobs = [job for job in jobs if job.run.name not in done]
     held: tuple[Any, Model] | None = None
-    begin = time.monotonic()
     for number, job in enumerate(jobs):
         spent = time.monotonic() - begin
         left = f", about {spent / number * (len(jobs) - number) / 60:.0f} min left" if number else ""
@@ -99,11 +120,7 @@ def measure_jobs(jobs: list[Job], lines: dict[str, Line], folder: Path, console:
         if held is None or held[0] != key:
             held = None
             held = key, job.prepared.load()
-        with resumable(folder, lambda: f"the {len(lines)} runs finished so far" if lines else None):
-            line = measure(held[1], job)
-        if distributed.first():
-            append_jsonl(folder / "runs.jsonl", line)
-        lines[job.run.name] = line
+        line = lines.keep(measure(held[1], job))
         console.print(plain("  " + describe_figures(line)))
 
 

@@ -1,11 +1,11 @@
 """The pictures of studies, rates in percent: curves over the layers, heat maps, sweeps, learning dynamics,
-the frontier of ways to preserve. Each function returns a figure that needs no display; `save` writes it."""
+the frontier of ways to preserve. Each function returns a figure that needs no display."""
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from locft_jax.studies.sweep.frontier import measured, method_of, pick
+from locft_jax.studies.rule import measured, method_of, pick
 from locft_jax.studies.tables import FIGURES, Line, label, worth_showing
 
 if TYPE_CHECKING:
@@ -33,9 +33,8 @@ def draw_curves(lines: Sequence[Line], before: Mapping[str, float | None], title
         axis.set(title=key.replace("_", " "), ylabel="%", xticks=layers[:: -(-len(layers) // NAMED)])
         axis.tick_params(labelbottom=True)
         axis.set_xlabel("layer", visible=True)
-        _unedited(axis.axhline, before.get(key))
-        _at_least_five_points(axis)
-    return _finished(figure, axes, title, columns=6)
+        _unedited(axis, before.get(key))
+    return _finished(figure, title, 6)
 
 
 def draw_heat_maps(lines: Sequence[Line], top: tuple[int, str], title: str) -> "Figure":
@@ -57,7 +56,7 @@ def draw_heat_maps(lines: Sequence[Line], top: tuple[int, str], title: str) -> "
         axis.tick_params(axis="both", labelrotation=0)
         at = layers.index(top[0]), modules.index(top[1])
         axis.add_patch(Rectangle(at, 1, 1, fill=False, edgecolor=FRAME, linewidth=3, clip_on=False))
-    return _finished(figure, axes, title)
+    return _finished(figure, title)
 
 
 def horizontal(rows: Sequence[Line]) -> str | None:
@@ -65,41 +64,38 @@ def horizontal(rows: Sequence[Line]) -> str | None:
     None where there is none, or where there would be more than MOST curves (bars then)."""
     number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)  # noqa: E731
     keys = [k for k in rows[0]["settings"] if all(number(row["settings"][k]) for row in rows)]
-    most = max(keys, key=lambda key: len({row["settings"][key] for row in rows}), default=None)
-    if most is None or len({row["settings"][most] for row in rows}) < 3:
-        return None
-    return most if len({label(row["settings"], most) for row in rows}) <= MOST else None
+    counts = {key: len({row["settings"][key] for row in rows}) for key in keys}
+    most = max(counts, key=counts.__getitem__, default="")
+    curves = len({label(row["settings"], most) for row in rows})
+    return most if counts.get(most, 0) >= 3 and curves <= MOST else None
 
 
 def draw_sweep(rows: Sequence[Line], before: Mapping[str, float | None], title: str) -> "Figure":
     """One panel a figure. Over the key with most numbers: one curve for every combination of the others; else
     one bar a run. Error bars: the standard deviation over seeds. Dashed: the unedited model."""
     keys, across = worth_showing(rows), horizontal(rows)
-    columns = 2 if len(keys) == 4 else 3
     size = (5.2, 3.6) if across else (5.1, 1.1 + 0.42 * len(rows))
-    figure, axes = _panels(len(keys), columns, size, sharey=across is None)
+    figure, axes = _panels(len(keys), 2 if len(keys) == 4 else 3, size, sharey=across is None)
     for axis, key in zip(axes, keys, strict=True):
         _sweep_curves(axis, rows, key, across) if across else _sweep_bars(axis, rows, key)
         axis.set_title(key.replace("_", " "))
-        _unedited(axis.axhline if across else axis.axvline, before.get(key))
-        if across:
-            _at_least_five_points(axis)
-    return _finished(figure, axes, title, columns=3 if across else 0)
+        _unedited(axis, before.get(key), across=across is not None)
+    return _finished(figure, title, 3 if across else 0)
 
 
 def _sweep_curves(axis: "Axes", rows: Sequence[Line], key: str, across: str) -> None:
+    import numpy as np
     import seaborn as sns
 
     names = list(dict.fromkeys(label(row["settings"], across) for row in rows))
-    values = sorted({row["settings"][across] for row in rows})
-    colours, markers = sns.color_palette(COLOURS, len(names)), "osD^vPX*"
-    for i, name in enumerate(names):
+    for name, colour, marker in zip(names, sns.color_palette(COLOURS, len(names)), "osD^vPX*", strict=False):
         own = [r for r in rows if label(r["settings"], across) == name and r[key] is not None]
-        own.sort(key=lambda row: row["settings"][across])
-        spread = [100 * (r[f"{key}_spread"] or 0) for r in own]
-        axis.errorbar([r["settings"][across] for r in own], [100 * r[key] for r in own], spread, label=name,
-                      color=colours[i], marker=markers[i], capsize=3 if any(spread) else 0)  # fmt: skip
+        drawn = sorted((r["settings"][across], 100 * r[key], 100 * (r[f"{key}_spread"] or 0)) for r in own)
+        x, y, spread = np.reshape(drawn, (-1, 3)).T
+        size = 3 if spread.any() else 0
+        axis.errorbar(x, y, spread, label=name, color=colour, marker=marker, capsize=size)
     axis.set(xlabel=across.replace("_", " "), ylabel="%")
+    values = sorted({row["settings"][across] for row in rows})
     if values[0] > 0 and values[-1] / values[0] >= 5:
         axis.set_xscale("log")
     axis.set_xticks(values, [f"{value:g}" for value in values])
@@ -119,39 +115,37 @@ def _sweep_bars(axis: "Axes", rows: Sequence[Line], key: str) -> None:
 
 def draw_dynamics(lines: Sequence[Line], title: str) -> "Figure":
     """One panel a run: reliability of each fifth of the edits, in the order of the data, and of all, as the
-    run goes on (paper, learning dynamics)."""
+    run proceeds (paper, learning dynamics)."""
     import pandas as pd
     import seaborn as sns
 
     runs = [line for line in lines if line["dynamics"]]
     figure, axes = _panels(len(runs), 2, (5.2, 3.4), sharey=True)
     for axis, line in zip(axes, runs, strict=True):
-        looks = line["dynamics"]
-        steps = [look["step"] for look in looks]
-        parts = pd.DataFrame([look["shards"] for look in looks], steps, dtype=float)
+        steps = [look["step"] for look in line["dynamics"]]
+        parts = 100 * pd.DataFrame([look["shards"] for look in line["dynamics"]], steps, dtype=float)
         parts.columns = [f"fifth {i + 1} of the edits" for i in parts.columns]
-        whole = [100 * look["figures"]["reliability"] for look in looks]
-        sns.lineplot(100 * parts, palette=COLOURS, markers=True, dashes=False, markersize=6, ax=axis)
+        whole = [100 * look["figures"]["reliability"] for look in line["dynamics"]]
+        sns.lineplot(parts, palette=COLOURS, markers=True, dashes=False, markersize=6, ax=axis)
         axis.plot(steps, whole, color=GREY, linestyle="--", linewidth=2, label="all edits")
         axis.set(title=label(line["settings"]), xlabel="steps", ylabel="reliability, %", ylim=(-3, 103))
-    return _finished(figure, axes, title, columns=3)
+    return _finished(figure, title, 3)
 
 
 def draw_frontier(rows: Sequence[Line], title: str) -> "Figure":
-    """Reliability and generalization over what was kept, a colour a method: every setting as a point, those
-    that no other setting of the method beats on both axes joined; ringed: the settings to use. What edits far
-    worse than these is outside the picture."""
+    """Reliability and generalization over what was kept, a colour a method: settings as points, those that no
+    other of the method beats on both axes joined; ringed: the settings to use. What edits far worse than
+    these is outside the picture."""
     import seaborn as sns
 
-    rows = measured(rows)
+    rows = measured(rows, "locality_agreement")
     top, frame = pick(rows), _percents(rows)
     frame["method"] = [method_of(row["settings"]) for row in rows]
     methods = list(frame["method"].unique())
     present = lambda *keys: [key for key in keys if frame[key].notna().any()]  # noqa: E731
-    pairs = [(x, y) for y in present("reliability", "generalization")
-             for x in present("locality_agreement", "capability")]  # fmt: skip
-    figure, axes = _panels(len(pairs), len(present("locality_agreement", "capability")), (5.4, 3.9))
-    for axis, (x, y) in zip(axes, pairs, strict=True):
+    kept, edited = present("locality_agreement", "capability"), present("reliability", "generalization")
+    figure, axes = _panels(len(kept) * len(edited), len(kept), (5.4, 3.9))
+    for axis, (y, x) in zip(axes, itertools.product(edited, kept), strict=True):
         known = frame.dropna(subset=[x, y])
         own = {"x": x, "y": y, "hue": "method", "hue_order": methods, "palette": COLOURS, "ax": axis}
         sns.lineplot(known[~_beaten(known, x, y)], estimator=None, legend=False, **own)
@@ -161,23 +155,17 @@ def draw_frontier(rows: Sequence[Line], title: str) -> "Figure":
                       markeredgecolor="black", label="to use")  # fmt: skip
             axis.set_ylim(bottom=max(axis.get_ylim()[0], 100 * top[y] - BELOW))
         axis.set(xlabel=f"{x.replace('_', ' ')}, %", ylabel=f"{y}, %")
-    return _finished(figure, axes, title, columns=4)
+    return _finished(figure, title, 4)
 
 
 def _beaten(frame: "pd.DataFrame", x: str, y: str) -> Any:
     """Which rows another of the same method beats on both axes, as a mask."""
 
     def beaten(row: Any) -> bool:
-        own = frame[frame["method"] == row["method"]]
-        better = (own[x] >= row[x]) & (own[y] >= row[y]) & ((own[x] > row[x]) | (own[y] > row[y]))
-        return bool(better.any())
+        own, other = frame.loc[frame["method"] == row["method"], [x, y]], row[[x, y]]
+        return bool(((own >= other).all(axis=1) & (own > other).any(axis=1)).any())
 
     return frame.apply(beaten, axis=1)
-
-
-def save(figure: "Figure", out: Path) -> None:
-    """PNG."""
-    figure.savefig(out, dpi=110)
 
 
 def _percents(lines: Sequence[Line], *names: str) -> "pd.DataFrame":
@@ -195,33 +183,30 @@ def _panels(
     import seaborn as sns
     from matplotlib.figure import Figure
 
-    columns = min(columns, count)
-    rows = -(-count // columns)
+    columns, rows = min(columns, count), -(-count // min(columns, count))
     with sns.axes_style(style), sns.plotting_context("notebook"):
-        figure = Figure(figsize=(size[0] * columns, size[1] * rows + 0.9), layout="constrained")
+        figure = Figure((size[0] * columns, size[1] * rows + 0.9), dpi=110, layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False, **shared).reshape(-1)
     for axis in axes[count:]:
         axis.set_visible(False)
     return figure, list(axes[:count])
 
 
-def _unedited(draw: Callable[..., Any], level: float | None) -> None:
-    """A dashed line at the unedited model's figure, if there is one."""
+def _unedited(axis: "Axes", level: float | None, across: bool = True) -> None:
+    """A dashed line at the unedited model's figure, if there is one; `across` a panel that shows at least
+    five points: a difference of nothing must not look like one."""
     if level is not None:
+        draw = axis.axhline if across else axis.axvline
         draw(100 * level, color=GREY, linestyle="--", label="unedited")
-
-
-def _at_least_five_points(axis: "Axes") -> None:
-    """A difference of nothing must not look like one."""
     low, high = axis.get_ylim()
-    if high - low < 5:
+    if across and high - low < 5:
         axis.set_ylim((low + high) / 2 - 2.5, (low + high) / 2 + 2.5)
 
 
-def _finished(figure: "Figure", axes: Sequence["Axes"], title: str, columns: int = 0) -> "Figure":
+def _finished(figure: "Figure", title: str, columns: int = 0) -> "Figure":
     """The figure with its title, and one legend for all panels in so many columns (0: none)."""
     shown: dict[str, Any] = {}
-    for axis in axes:
+    for axis in figure.axes:
         shown |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
         if (own := axis.get_legend()) is not None:
             own.remove()

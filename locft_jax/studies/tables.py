@@ -1,16 +1,20 @@
-"""Tables of measured lines: JSON and CSV files, rows on a terminal, figures (rates 0-1, None where not
-measured) as text."""
+"""Measured lines: kept one by one while a study runs; tables of them as JSON and CSV files, as rows on a
+terminal; figures (rates 0-1, None where not measured) as text."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from locft_jax import distributed
+from locft_jax.editing.checkpointer import remove_unless_saved, resumable
 from locft_jax.evaluation.report import plain
-from locft_jax.io.atomic import write_json
+from locft_jax.io.atomic import append_jsonl, kept_jsonl, write_json
+from locft_jax.io.outputs import saved_something
 
 FIGURES = ("reliability", "generalization", "locality", "locality_agreement", "capability")
 # Of a sweep's runs also the reliability where nothing but EOS ends an answer: what `append_eos` is for.
@@ -18,6 +22,35 @@ RATES = (FIGURES[0], "reliability_eos_only", *FIGURES[1:])
 SHORT = dict(zip(RATES, ("rel.", "eos", "gen.", "loc.", "agr.", "cap."), strict=True))
 
 Line = Mapping[str, Any]
+
+
+class Lines(list[Line]):
+    """The lines measured so far, in memory and in a file of checkpoint/, beside run.json: what the run is."""
+
+    def __init__(self, file: Path) -> None:
+        """With what an interrupted run has left in the file. The end of the last round of checks."""
+        self.file = file
+        distributed.agree(last=True)
+        super().__init__(distributed.from_first(kept_jsonl(file) if distributed.first() else []))
+
+    def keep(self, line: Line) -> Line:
+        """One more line; on the disk when this returns."""
+        self.append(line)
+        if distributed.first():
+            append_jsonl(self.file, line)
+        return line
+
+    @contextmanager
+    def resumable(self, what: str) -> Iterator[None]:
+        """Around a run: SIGTERM and Ctrl-C say how to resume; a run that has saved nothing leaves nothing.
+        `what`: what the lines are."""
+        folder = self.file.parent
+        try:
+            with resumable(folder, lambda: f"the {len(self)} {what}" if saved_something(folder) else None):
+                yield
+        finally:
+            if distributed.first():
+                remove_unless_saved(folder)
 
 
 def worth_showing(lines: Sequence[Line]) -> list[str]:
@@ -29,9 +62,7 @@ def worth_showing(lines: Sequence[Line]) -> list[str]:
 
 def percent(value: float | None, spread: float | None = None) -> str:
     """A rate for people, with its standard deviation if there is one."""
-    if value is None:
-        return "-"
-    return f"{100 * value:.1f}" + ("" if spread is None else f"±{100 * spread:.1f}")
+    return "-" if value is None else f"{100 * value:.1f}" + ("" if spread is None else f"±{100 * spread:.1f}")
 
 
 def describe_figures(line: Line) -> str:

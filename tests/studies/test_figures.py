@@ -62,7 +62,7 @@ def test_curves_over_the_layers(tmp_path, layers):
         level = [line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == "--"]
         assert level == ([] if BEFORE.get(key) is None else [100 * BEFORE[key]])
         assert (axis.get_xlabel(), axis.get_ylabel()) == ("layer", "%") and len(axis.get_xticks()) <= 16
-    figures.save(figure, tmp_path / "curves.png")
+    figure.savefig(tmp_path / "curves.png")
     assert plt.imread(tmp_path / "curves.png").shape[1] == figure.get_figwidth() * 110
 
 

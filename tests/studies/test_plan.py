@@ -26,20 +26,10 @@ from locft_jax.model.activation_cache import ROWS
 from locft_jax.model.memory import Need
 from locft_jax.model.sharding import make_mesh, place_batch
 from locft_jax.model.weights import Params, weight_table
-from locft_jax.studies.plan import case as cases
 from locft_jax.studies.plan import fit
-from locft_jax.studies.plan.fit import Outcome, Usage, compiled, meshes, smallest
-from locft_jax.studies.plan.programs import (
-    chip_bytes,
-    frozen,
-    placed,
-    product_flops,
-    programs,
-    retain_batch,
-    sides,
-    tuned,
-)
-from locft_jax.studies.plan.report import verdict
+from locft_jax.studies.plan import programs as cases
+from locft_jax.studies.plan.fit import Outcome, Usage, compiled, meshes, smallest, verdict
+from locft_jax.studies.plan.programs import Shapes, chip_bytes, product_flops, programs
 from locft_jax.studies.plan.topology import (
     GIB,
     TPUS,
@@ -55,10 +45,6 @@ LARGE = str(ROOT / "configs" / "qwen2.5-72b-zsre.yaml")
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="no TPU compiler here (extra `aot`)"
 )
-
-
-def quiet(text: str) -> None:
-    """Progress that nobody reads."""
 
 
 # ---------------------------------------------------------------- topologies
@@ -188,14 +174,16 @@ def test_meshes_are_the_configs_own_then_by_memory(tiny):
 
 @pytest.mark.parametrize("int8", [False, True])
 def test_the_arrays_of_a_plan_are_those_of_a_run(tiny, tiny_model_dir, int8):
-    case, mesh = dataclasses.replace(tiny[0], int8=int8), make_mesh({"data": 2, "model": 4})
+    case = with_settings(tiny[0], weights="int8") if int8 else tiny[0]
+    mesh = make_mesh({"data": 2, "model": 4})
     checkpoint = hf_folder.open_folder(str(tiny_model_dir))
     weights = hf_load.load_weights(checkpoint, mesh, int8=int8)
     own = {n: hf_folder.read_tensor(checkpoint, n) for n in case.site}
     state = init_state(read_site(Params(case.spec, weights), case.site, mesh, own))
     which = next(epoch_batches(len(case.corpus), 5, 0, 0))
     batch = pack(case.corpus, which, run_shape(case.corpus, schedule_of(case.config), mesh))
-    planned = frozen(case, mesh), tuned(case, mesh), placed(batch, mesh)
+    shapes = Shapes(case, mesh, 2**40)
+    planned = shapes.weights, shapes.state, shapes.batch(batch)
     for plan, real in zip(planned, (weights, state, place_batch(batch, mesh)), strict=True):
         assert jax.tree.structure(plan) == jax.tree.structure(real)
         for a, b in zip(jax.tree.leaves(plan), jax.tree.leaves(real), strict=True):
@@ -235,11 +223,12 @@ def test_what_preserving_holds_is_counted(tiny, compiled_step):
     case, mesh, spec = tiny[0], make_mesh({"data": 2, "model": 4}), tiny[0].spec
     assert case.site == ("model.layers.1.mlp.down_proj.weight",)
     inner, outer = spec.d_ff**2 * 4 // 4, spec.d_model**2 * 4  # its columns are split, its rows are not
-    assert chip_bytes(sides(with_settings(case, preserve="soft"), mesh)) == inner
+    assert chip_bytes(Shapes(with_settings(case, preserve="soft"), mesh, 2**40).sides()) == inner
     kfac = compiled(programs(with_settings(case, preserve="kfac"), mesh, 2**40)[0])
     assert kfac.held - compiled_step[1].held == inner + outer
     kl = with_settings(case, preserve_kl=1.0)
-    assert retain_batch(case, mesh, 1, "device") is None and chip_bytes(retain_batch(kl, mesh, 1, "device"))
+    assert Shapes(case, mesh, 2**40).retain_batch() is None
+    assert chip_bytes(Shapes(kl, mesh, 2**40).retain_batch())
     step = programs(kl, mesh, 2**40)[0]
     assert product_flops(step.trace().jaxpr.jaxpr) > 1.5 * compiled_step[1].flops
     assert step.weights == compiled_step[0].weights
@@ -264,18 +253,18 @@ def test_the_search_compiles_only_where_arithmetic_sees_hope(monkeypatch):
     case, _ = cases.make_case(load_config(LARGE))
     tried = []
 
-    def compile_all(case, outcome, say):
+    def compile_all(case, outcome):
         tried.append((outcome.topology.name, outcome.mesh["model"]))
         total = 20 * GIB if outcome.topology.count < 32 else 10 * GIB
         usage = Usage(fit.Program("train step", lambda: None, 1, 1), 0, 0, total, 1, 1.0)
         return dataclasses.replace(outcome, usages=(usage,))
 
     monkeypatch.setattr(fit, "compile_all", compile_all)
-    found = smallest(case, larger(parse_topology("v5e:2x2")), quiet)
+    found = smallest(case, larger(parse_topology("v5e:2x2")))
     assert found.topology.name == "v5e:4x8" and found.fits
     assert {name for name, _ in tried} == {"v5e:4x4", "v5e:4x8"}  # not 2x4: 145 GB of weights on 8 x 16 GiB
-    assert smallest(case, [parse_topology("v5e:2x4")], quiet) is None
-    near = fit.plan(case, parse_topology("v5e:2x4"), quiet)  # was asked for: compiled all the same
+    assert smallest(case, [parse_topology("v5e:2x4")]) is None
+    near = fit.plan(case, parse_topology("v5e:2x4"))  # was asked for: compiled all the same
     assert near.usages and not near.fits
     assert verdict(near, found) == "does not fit: smallest topology that does: v5e:4x8 with " + (
         f"mesh={{data: {found.mesh['data']}, model: {found.mesh['model']}}}"

@@ -1,57 +1,78 @@
 """Edit at one site after another, and measure each. What sites have in common is made once: texts, tokens,
-the answers before, and the activations below, which are carried from layer to layer."""
+the answers before, the activations below, which are carried from layer to layer, and compiled programs, which
+are counted and kept for a process that resumes the run."""
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.monitoring
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
+from locft_jax import distributed
 from locft_jax.editing.run import EditTask, agreed_budgets, cache_mode, run_edit
 from locft_jax.editing.trainer import NonFiniteLoss
 from locft_jax.evaluation.ask import ask, later_drafts, probe_cache, rising_cache
 from locft_jax.evaluation.probes import Answers
 from locft_jax.evaluation.scoring import agreement, figures
 from locft_jax.evaluation.verify import ProbeCache
+from locft_jax.io.atomic import read_json, write_json
+from locft_jax.logs import Bar
 from locft_jax.model.activation_cache import Source, advance, token_source
 from locft_jax.model.model import Model
 from locft_jax.model.weights import locate_tensor, put_tensors, take_tensor
 from locft_jax.prepare import Prepared
 from locft_jax.studies.locate.places import Place
-from locft_jax.studies.tables import FIGURES
+from locft_jax.studies.tables import FIGURES, Line
+
+COMPILED = "/jax/core/compile/backend_compile_duration"  # once a program, out of the cache or not
+CACHE = {
+    "jax_compilation_cache_dir": None,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
 
 
 class Bench:
     """A model whose sites are tried one by one. It owns the model: while an edit is measured it is in the
     model's own arrays, so that the evaluation is compiled once and not for every site, and is taken out again
-    afterwards. `prepared`: with the texts that only the model can give."""
+    afterwards. The answers before any edit are kept in `folder`, or found there."""
 
-    def __init__(
-        self,
-        model: Model,
-        prepared: Prepared,
-        before: Answers | None = None,
-        on_done: Callable[[int], None] = lambda count: None,
-    ) -> None:
-        self.model, self.config = model, prepared.config
+    def __init__(self, model: Model, prepared: Prepared, folder: Path) -> None:
+        prepared = prepared.complete(model)
         corpus, questions, retained = prepared.corpus, prepared.questions, prepared.retained
         assert corpus is not None and questions is not None and retained is not None
+        self.model, self.config = model, prepared.config
         self.corpus, self.questions, self.retained = corpus, questions, retained
-        self.before = before or ask(model, self.questions, None, self.config.row_length, on_done)
-        self.drafts = later_drafts(self.questions, self.before)
-        self.mode = cache_mode(model, len(self.corpus.tokens), 1, self.config)
+        self.before = self.kept_answers(folder / "before.json")
+        self.drafts = later_drafts(questions, self.before)
+        self.mode = cache_mode(model, len(corpus.tokens), 1, self.config)
         self.source: Source | None = None  # what enters the layer that is being tried
         self.cache: ProbeCache | None = None  # and the same of the probes
 
+    def kept_answers(self, path: Path) -> Answers:
+        """What the model says before any edit."""
+        with Bar("before", len(self.questions.probes)) as bar:
+            with suppress(TypeError):  # there are none, or they are of version 0.1
+                return Answers(**distributed.from_first(read_json(path) if distributed.first() else None))
+            before = ask(self.model, self.questions, None, self.config.row_length, bar.advance)
+        if distributed.first():
+            write_json(path, dataclasses.asdict(before))
+        return before
+
     def unedited(self) -> dict[str, float | None]:
         """Figures of the model as it is."""
-        return {key: figures(self.questions, self.before).get(key) for key in FIGURES}
+        rates = figures(self.questions, self.before)
+        return {key: rates.get(key) for key in FIGURES}
 
-    def measure(self, place: Place) -> dict[str, Any]:
+    def measure(self, place: Place) -> Line:
         """Edit at `place` as the edit command does, and ask every probe: a line of sites.jsonl. Figures
         are None where the loss was not finite."""
         begin = time.monotonic()
@@ -114,3 +135,34 @@ class Bench:
             yield dataclasses.replace(model, params=params.over(rest))
         finally:
             self.model = dataclasses.replace(model, params=put_tensors(params, own))
+
+
+@contextmanager
+def compilations(folder: Path | None) -> Iterator[Counter[str]]:
+    """Count programs by the name of their function. They are kept in `folder`, unless the user has set a
+    cache or it is None."""
+    count: Counter[str] = Counter()
+    old = {name: getattr(jax.config, name) for name in CACHE}
+    own = folder is not None and old["jax_compilation_cache_dir"] is None
+
+    def on_duration(event: str, duration_secs: float, **more: Any) -> None:
+        if event == COMPILED:
+            name = str(more.get("fun_name", ""))  # add, jit_add or jit(add)
+            count[name.removeprefix("jit").strip("_()")] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(on_duration)
+    try:
+        if own:
+            configure({**CACHE, "jax_compilation_cache_dir": str(folder)})
+        yield count
+    finally:
+        jax.monitoring.unregister_event_duration_listener(on_duration)
+        if own:
+            configure(old)
+
+
+def configure(options: Mapping[str, Any]) -> None:
+    """Set jax's options."""
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # which cache there is is looked at once

@@ -1,12 +1,10 @@
-"""Which sites are tried: modules by their short names, layers, and in what order.
-
-All strategies come as rounds: what the next round measures may follow from the rounds before it.
-"""
+"""Which sites are tried: modules by their short names, layers, and in what order. All strategies come as
+rounds: what the next round measures may follow from the rounds before it."""
 
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from locft_jax.config import config_from_dict
 from locft_jax.editing.site import find_site
 from locft_jax.errors import UserError
 from locft_jax.model.spec import ModelSpec
-from locft_jax.studies.locate.rule import best
+from locft_jax.studies.rule import best
 from locft_jax.studies.tables import Line
 
 # method.md, Where to tune: the modules studied in the paper, then the other projections.
@@ -45,18 +43,16 @@ class Place:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What is to be measured. `every`: only each so many layers at first, then those between around the
-    best; 1 measures all at once. Raises UserError for what the model does not have."""
+    best; 1 measures all at once."""
 
     spec: ModelSpec
     modules: tuple[str, ...]
     layers: tuple[int, ...]
     every: int = 1
 
-    def __post_init__(self) -> None:
-        self.all()
-
-    def places(self, modules: Sequence[str], layers: Sequence[int]) -> list[Place]:
-        """Layer by layer from below, so that activations can be carried upward."""
+    def places(self, modules: Sequence[str], layers: Iterable[int]) -> list[Place]:
+        """Layer by layer from below, so that activations can be carried upward. Raises UserError for what the
+        model does not have."""
         pairs = [(MODULES.get(m, m), m, l) for l in sorted(layers) for m in modules]
         return [Place(l, m, template, find_site(self.spec, [template], [l])) for template, m, l in pairs]
 
@@ -79,20 +75,19 @@ class Plan:
 
     def rounds(self, lines: Sequence[Line]) -> Iterator[tuple[str, list[Place]]]:
         """(name, places) of each round; `lines` grows by those of a round before the next is asked for."""
-        yield "locating", self.places(self.modules, sorted(self.coarse()))
+        yield "locating", self.places(self.modules, self.coarse())
         if self.every > 1:
             top = best(lines)
             at = self.layers.index(top["layer"])
             around = self.layers[max(0, at - self.every + 1) : at + self.every]
-            yield "refining", self.places([top["module"]], sorted(set(around) - self.coarse()))
+            yield "refining", self.places([top["module"]], set(around) - self.coarse())
 
 
 def make_plan(
     spec: ModelSpec, modules: Sequence[str], layers: Sequence[int], strategy: str, sibling: Path | None
 ) -> Plan:
     """The plan that the command line asks for; without `modules` the studied ones, without `layers` all. With
-    a `sibling` (sites.json of a smaller model): its recommended module at the same relative depth, alone.
-    Raises UserError for what this model lacks."""
+    a `sibling` (sites.json of a smaller model): its recommended module at the same relative depth, alone."""
     if sibling is not None:
         module, layer = transfer(sibling, spec.n_layers)
         return Plan(spec, (module,), (layer,))
@@ -111,8 +106,7 @@ def make_plan(
 
 def transfer(sibling: Path, n_layers: int) -> tuple[str, int]:
     """(module, layer) at the relative depth that was recommended for a smaller model: its 7th of 28 layers
-    becomes the 20th of 80 (layer 6 -> layer 19, method.md). Raises UserError for a file that is none of
-    locate's."""
+    becomes the 20th of 80 (layer 6 -> layer 19, method.md). Raises UserError for another file."""
     try:
         found = json.loads(sibling.read_text(encoding="utf-8"))
         one, depth = found["recommendation"], int(found["layers"])

@@ -1,8 +1,6 @@
 """Machines that are not here: which chips, how many, how they are wired, and what a chip can do.
-
-`v5e:4x4` is a TPU slice by its shape, `v5e-8` by the name of its machine type (one host where the chips
-fit one), `gpu:N` and `cpu:N` are devices that only arithmetic knows.
-"""
+`v5e:4x4` is a TPU slice by its shape, `v5e-8` by the name of its machine type (one host where the chips fit
+one), `gpu:N` and `cpu:N` are devices that only arithmetic knows."""
 
 import dataclasses
 import difflib
@@ -21,10 +19,10 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one device has and does at most. None: not known."""
+    """What one device has and does at most."""
 
     memory: float  # GiB
-    flops: float | None = None  # bfloat16 FLOP/s
+    flops: float = math.nan  # bfloat16 FLOP/s; NaN: not known
 
 
 # Google Cloud's documentation, "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e", table of system architecture.
@@ -59,13 +57,12 @@ class Topology:
 
 def tpu_slice(kind: str, size: str, chip: Chip | None = None) -> Topology:
     """A slice by its shape, such as `4x4`."""
-    shape = tuple(int(n) for n in size.split("x"))
+    shape = tuple(map(int, size.split("x")))
     return Topology(f"{kind}:{size}", kind, chip or TPUS[kind], math.prod(shape), shape)
 
 
 def parse_topology(text: str, memory: float | None = None) -> Topology:
-    """What `text` names. `memory`: GiB a device, in place of the table's. Raises UserError, which lists what
-    is known."""
+    """What `text` names. `memory`: GiB a device, in place of the table's. Raises UserError."""
     kind, sign, rest = text.partition(":" if ":" in text else "-")
     found = None
     if kind in ("gpu", "cpu") and sign == ":" and re.fullmatch(r"[1-9][0-9]{0,5}", rest):
@@ -75,10 +72,10 @@ def parse_topology(text: str, memory: float | None = None) -> Topology:
         found = tpu_slice(kind, rest)
     elif kind in TPUS and sign == "-" and rest.isdecimal():
         cubic = SLICES[kind] is CUBIC  # v4 and v5p count TensorCores, two a chip; their hosts have four
-        chips = int(rest) / (2 if cubic else 1)
-        same = (t for t in (tpu_slice(kind, size) for size in SLICES[kind]) if t.count == chips)
-        if slice_ := next(same, None):
-            found = dataclasses.replace(slice_, name=text, one_host=chips <= (4 if cubic else 8))
+        chips, most = (int(rest) / 2, 4) if cubic else (int(rest), 8)
+        every = (tpu_slice(kind, size) for size in SLICES[kind])
+        same = [dataclasses.replace(t, name=text, one_host=chips <= most) for t in every if t.count == chips]
+        found = same[0] if same else None
     if found is None:
         names = [f"{k}:{s}" for k, sizes in SLICES.items() for s in sizes] + ["gpu:1", "cpu:1", "auto"]
         near = difflib.get_close_matches(text, names, n=1, cutoff=0.5)
@@ -106,15 +103,13 @@ def all_slices() -> list[Topology]:
     """Every TPU slice that can be compiled for, least memory in all first, then fewest chips; 2x4 chips as
     one host."""
     every = [tpu_slice(kind, size) for kind, sizes in SLICES.items() for size in sizes if size != "2x4"]
-    every = [t for t in every if t.compiles] + [parse_topology(f"{kind}-8") for kind in ("v5e", "v6e")]
-    return sorted(every, key=lambda t: (t.count * t.memory, t.count))
+    every += [parse_topology(f"{kind}-8") for kind in ("v5e", "v6e")]
+    return sorted((t for t in every if t.compiles), key=lambda t: (t.count * t.memory, t.count))
 
 
 def prepare_compiler() -> None:
-    """Settings with which a machine without a TPU can compile for one; before JAX starts a backend.
-
-    Raises UserError where the TPU compiler is not installed.
-    """
+    """Settings with which a machine without a TPU can compile for one; before JAX starts a backend. Raises
+    UserError where the TPU compiler is not installed."""
     try:
         import libtpu  # noqa: F401
     except ImportError:
@@ -131,10 +126,8 @@ def prepare_compiler() -> None:
 
 
 def tpu_devices(topology: Topology) -> list[jax.Device]:
-    """Devices of a slice that is not here: programs can be compiled for them, arrays not put there.
-
-    Raises UserError where the compiler does not know the slice.
-    """
+    """Devices of a slice that is not here: programs can be compiled for them, arrays not put there. Raises
+    UserError where the compiler does not know the slice."""
     from jax.experimental import topologies
 
     options: dict[str, object] = {}

@@ -9,7 +9,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from locft_jax import load_model
 from locft_jax.model.sharding import tensor_sharding
 from locft_jax.model.weights import put_tensors, take_tensor, weight_table
-from locft_jax.studies.locate.compiled import compilations
+from locft_jax.studies.locate.measure import compilations
 
 
 @pytest.mark.parametrize("model_axis", [1, 2])

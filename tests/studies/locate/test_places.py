@@ -8,7 +8,7 @@ import pytest
 from locft_jax.errors import UserError
 from locft_jax.model.spec import parse_spec
 from locft_jax.studies.locate.places import MODULES, STUDIED, make_plan, transfer
-from locft_jax.studies.locate.rule import best
+from locft_jax.studies.rule import best
 
 SPEC = parse_spec(
     {
@@ -58,7 +58,7 @@ def test_templates_and_layers_can_be_named():
 )
 def test_what_the_model_lacks_is_refused(modules, layers, message):
     with pytest.raises(UserError, match=message):
-        plan(modules, layers)
+        plan(modules, layers).all()
 
 
 def table_with_peak(layer, module):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from locft_jax.studies.locate.rule import best, ranked, recommend
+from locft_jax.studies.rule import best, ranked, recommend_site
 
 BEFORE = {"capability": 0.9, "generalization": 0.0, "locality_agreement": None}
 
@@ -42,7 +42,7 @@ def test_capability_comes_first_among_the_reliable_then_generalization():
 
 
 def test_words_numbers_and_lines_to_paste():
-    found = recommend(TABLE, BEFORE)
+    found = recommend_site(TABLE, BEFORE)
     assert found["config"] == "layer: 3\nrewrite_module: model.layers.{}.down"
     assert found["words"] == (
         "down of layer 3: reliability 99.0, generalization 70.0, locality agreement 50.0, capability 85.8 %; "
@@ -53,16 +53,16 @@ def test_words_numbers_and_lines_to_paste():
 
 def test_without_a_reliable_site_the_most_reliable_is_taken_and_that_is_said():
     table = [line(1, "up", 0.5, 0.9, 0.9), line(2, "up", 0.7, 0.1, 0.5), line(3, "up", 0.7, 0.2, 0.4)]
-    found = recommend(table, BEFORE)
+    found = recommend_site(table, BEFORE)
     assert found["layer"] == 2 and "2 of 3 sites reach a reliability of 70.0 %" in found["words"]
 
 
 def test_without_capability_other_answers_stand_in_for_it_and_that_is_said():
     table = [line(1, "up", 1.0, 0.9, None, 0.2), line(2, "up", 1.0, 0.1, None, 0.4)]
-    found = recommend(table, {})
+    found = recommend_site(table, {})
     assert found["layer"] == 2 and "the highest locality agreement, 40.0 % (- before)" in found["words"]
     alone = [line(1, "up", 1.0, 0.9, None, None), line(2, "up", 1.0, 0.1, None, None)]
-    found = recommend(alone, {})
+    found = recommend_site(alone, {})
     assert found["layer"] == 1 and "highest" not in found["words"]
 
 
@@ -79,7 +79,7 @@ def test_ties_go_to_what_changes_least_then_to_the_later_layer():
 
 def test_sites_whose_loss_was_not_finite_are_left_out():
     failed = line(9, "entire", None, None, None, None)
-    found = recommend([failed, *TABLE], BEFORE)
+    found = recommend_site([failed, *TABLE], BEFORE)
     assert found["layer"] == 3 and "4 of 6 sites" in found["words"]
     with pytest.raises(FloatingPointError, match="smaller lr"):
         best([failed])

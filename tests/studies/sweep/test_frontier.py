@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from locft_jax.studies.sweep.frontier import is_frontier, method_of, pick, recommend
-from locft_jax.studies.sweep.table import print_results, write_results
+from locft_jax.studies.rule import is_frontier, method_of, pick, recommend_settings
+from locft_jax.studies.sweep import print_results, write_results
 
 
 def line(lr, reliability, generalization, agreement, preserve="none", strength=None, kl=None, capability=1.0):
@@ -37,7 +37,7 @@ def test_the_fewest_changed_answers_among_the_reliable_then_generalization():
 
 
 def test_words_compare_with_plain_at_its_best_and_give_lines_to_paste():
-    found = recommend(RUNS)
+    found = recommend_settings(RUNS)
     assert found["words"] == (
         'lr=0.004, soft, preserve_strength=10, preserve_kl=1.0: reliability 100.0, generalization 95.0, '
         "locality 96.0, capability 100.0 %; plain at its best: lr=0.002, none: reliability 100.0, "
@@ -45,8 +45,8 @@ def test_words_compare_with_plain_at_its_best_and_give_lines_to_paste():
     )
     assert found["config"] == "lr: 0.004\npreserve: soft\npreserve_strength: 10\npreserve_kl: 1.0"
     # A null is said too: the config that it is pasted into may have another value.
-    assert recommend(RUNS[:3])["config"].endswith("preserve_strength: null\npreserve_kl: null")
-    assert "plain at its best" not in recommend(RUNS[:3])["words"]
+    assert recommend_settings(RUNS[:3])["config"].endswith("preserve_strength: null\npreserve_kl: null")
+    assert "plain at its best" not in recommend_settings(RUNS[:3])["words"]
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,8 @@ import pytest
 
 from locft_jax import UserError
 from locft_jax.config import DEMO_FOLDER
-from locft_jax.studies.sweep.frontier import method_of
-from locft_jax.studies.sweep.grid import read_sweep
-from locft_jax.studies.sweep.table import grouped
+from locft_jax.studies.rule import method_of
+from locft_jax.studies.sweep import grouped, read_sweep
 from locft_jax.studies.tables import label
 
 BASE = "model_name_or_path: m\ndata_path: d.json\n"
