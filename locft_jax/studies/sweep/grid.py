@@ -17,7 +17,7 @@ from typing import Any
 
 from locft_jax.config import DEMO_CONFIG, Config, canonical, config_from_dict, config_to_dict, load_config
 from locft_jax.errors import UserError
-from locft_jax.flat_yaml import read_yaml, shown
+from locft_jax.rules import read_yaml, shown
 
 MOST = 10_000  # runs; more would be a mistake
 
