@@ -9,9 +9,19 @@ import re
 import sys
 from pathlib import Path
 
-from locft_jax.config import key_table
+from locft_jax.config import key_rows
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def key_table() -> str:
+    """Every key of the config as a row of a table."""
+    rows = ["| key | default | meaning |", "| --- | --- | --- |"]
+    for name, alias, default, meaning in key_rows():
+        other = f" (alias `{alias}`)" if alias else ""
+        shown_default = "-" if default in ("", "null", "[]") else f"`{default}`"
+        rows.append(f"| `{name}`{other} | {shown_default} | {meaning} |")
+    return "\n".join(rows)
 
 
 def module_map() -> str:

@@ -3,8 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from locft_jax.version import __version__
-
+__version__ = "0.2.0"
 __all__ = ["CausalLM", "Config", "UserError", "__version__", "apply_delta", "edit", "evaluate", "load_model"]
 
 if TYPE_CHECKING:
@@ -14,15 +13,8 @@ if TYPE_CHECKING:
     from locft_jax.io.hf_load import load_model
     from locft_jax.model.nnx import CausalLM
 
-_HOMES = {
-    "apply_delta": "api",
-    "edit": "api",
-    "evaluate": "api",
-    "load_model": "io.hf_load",
-    "Config": "config",
-    "UserError": "errors",
-    "CausalLM": "model.nnx",
-}
+_HOMES = dict.fromkeys(("apply_delta", "edit", "evaluate"), "api") | {"load_model": "io.hf_load"}
+_HOMES |= {"Config": "config", "UserError": "errors", "CausalLM": "model.nnx"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,6 @@
-"""What a run is: a frozen `Config`, read from flat YAML and `key=value` overrides. A key's rule and meaning
-are declared with it.
-
-The names that the reference implementation of LocFT-BF has for keys are valid too, so its hparams files run
-unchanged. Anything wrong is a `UserError` that names the place, the key, the value and the remedy.
-"""
+"""What a run is: a frozen `Config`, read from flat YAML and `key=value` overrides.
+The names that the reference has for keys are valid too. Anything wrong is a `UserError` that names the place,
+the key, the value and the remedy."""
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,18 +10,12 @@ from typing import Any
 
 from locft_jax import rules as r
 from locft_jax.errors import UserError
-from locft_jax.flat_yaml import read_yaml, shown, split_override
 from locft_jax.logs import log
+from locft_jax.rules import read_yaml, shown, split_override
 
 DEMO_FOLDER = r.DEMO_FOLDER
 DEMO_CONFIG = DEMO_FOLDER / "demo.yaml"
-
-# Keys accepted for the sake of existing files: a run prints the note and does nothing else.
-IGNORED = {"device": "JAX uses every device it finds (JAX_PLATFORMS chooses the kind, `mesh` the layout)"}
-
 OVERRIDES = "command line"  # how messages name the place of `key=value` arguments
-
-# ---------------------------------------------------------------- the keys
 
 
 def key(default: Any, rule: r.Rule, doc: str, alias: str = "") -> Any:
@@ -37,12 +28,8 @@ def key(default: Any, rule: r.Rule, doc: str, alias: str = "") -> Any:
 
 @dataclass(frozen=True)
 class Config:
-    """One run. Values are converted and checked on construction, from Python too; every key may be given by
-    its alias there, and is read by its name.
-
-    Paths are relative to the working directory; `demo:NAME` is a file of the bundled demo.
-    Raises `UserError` for a bad value.
-    """
+    """One run. Values are converted and checked on construction, from Python too, where an alias may be given
+    for a key; raises UserError. `demo:NAME` is a file of the bundled demo."""
 
     # fmt: off
     model_name_or_path: str = key("", r.MODEL, "folder or Hub id", "model")
@@ -108,10 +95,8 @@ class Config:
             raise UserError(f"Config: `eval_every: {self.eval_every}` needs evaluate: true")
         strength = self.preserve_strength
         if self.preserve == "null" and strength is not None and strength >= 1:
-            wrong = (
-                f"Config: `preserve_strength: {shown(strength)}` is not valid; with preserve=null it must be"
-            )
-            raise UserError(f"{wrong} a number > 0 and < 1")
+            wrong = f"Config: `preserve_strength: {shown(strength)}` is not valid; with preserve=null"
+            raise UserError(f"{wrong} it must be a number > 0 and < 1")
 
     @property
     def name(self) -> str:
@@ -119,16 +104,13 @@ class Config:
         if self.source:
             return Path(self.source).stem
         model = Path(self.model_name_or_path)
-        name = model.name if model.name not in ("", "..") else model.resolve().name
-        return name or "model"
+        return (model if model.name not in ("", "..") else model.resolve()).name or "model"
 
 
 KEYS: dict[str, Mapping[str, Any]] = {f.name: f.metadata for f in fields(Config) if f.metadata}
 ALIASES: dict[str, str] = {known["alias"]: name for name, known in KEYS.items() if known["alias"]}
 # What other trainers call a key that spelling alone would not find.
 _SYNONYMS = {"epochs": "num_epochs", "max_epochs": "num_epochs", "output": "output_dir"}
-
-
 _init = Config.__init__
 
 
@@ -142,8 +124,7 @@ Config.__init__ = _init_by_any_name  # type: ignore[method-assign]  # type check
 
 
 def canonical(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The same values with aliases replaced by the keys' names. Raises UserError for a key that is given
-    twice."""
+    """The same values by the keys' names. Raises UserError for a key that is given by its alias too."""
     for alias, name in ALIASES.items():
         if alias in values and name in values:
             raise UserError(f"{where}: `{alias}` and `{name}` are one key; give one of them")
@@ -157,41 +138,27 @@ def key_rows() -> Iterator[tuple[str, str, str, str]]:
         yield name, alias, shown(default), f"{doc}; {rule.expected}" if "one of" in rule.expected else doc
 
 
-def key_table() -> str:
-    """Every key as a row of a Markdown table."""
-    rows = ["| key | default | meaning |", "| --- | --- | --- |"]
-    for name, alias, default, meaning in key_rows():
-        other = f" (alias `{alias}`)" if alias else ""
-        shown_default = "-" if default in ("", "null", "[]") else f"`{default}`"
-        rows.append(f"| `{name}`{other} | {shown_default} | {meaning} |")
-    return "\n".join(rows)
-
-
 def load_config(
     path: str | Path | None, overrides: Sequence[str] = (), earlier: Mapping[str, Any] | None = None
 ) -> Config:
     """The `Config` of a YAML file (None: defaults, or the keys of an `earlier` run) with `key=value`
-    overrides, later ones winning.
-
-    The bundled demo's file is read when neither `path` nor a model is given, and only then.
-    Prints a note for a key that is accepted but does nothing. Raises `UserError`.
-    """
+    overrides, later ones winning. Only where neither `path` nor a model is given, it is the bundled demo's
+    file. Raises UserError."""
     changes = _checked_overrides(overrides)
     if path is None and earlier is None and "model_name_or_path" not in changes:
         path = DEMO_CONFIG
     values = canonical(earlier or {}, "report.json")
     values = (values if path is None else _checked_all(read_yaml(path), str(path))) | changes
     if not values.get("model_name_or_path"):
-        where = path if path is not None else OVERRIDES
-        raise UserError(f"{where}: no model; set `model_name_or_path` to a folder or a Hub id")
-    for name, note in IGNORED.items():
-        if values.get(name) is not None:
-            log.warning(f"`{name}: {shown(values[name])}` is ignored: {note}")
-    return Config(**values, source="" if path is None else str(path))
+        raise UserError(f"{path or OVERRIDES}: no model; set `model_name_or_path` to a folder or a Hub id")
+    if values.get("device") is not None:
+        note = "JAX uses every device it finds (JAX_PLATFORMS chooses the kind, `mesh` the layout)"
+        log.warning(f"`device: {shown(values['device'])}` is ignored: {note}")
+    return Config(**values, source=str(path or ""))
 
 
 def check_keys(path: str | Path | None, overrides: Sequence[str]) -> None:
-    """Raise `UserError`, as `load_config` does, for an unreadable file, unknown keys and bad values."""
+    """Raise UserError, as `load_config` does, for an unreadable file, unknown keys and bad values."""
     _checked_all(read_yaml(path) if path else {}, str(path))
     _checked_overrides(overrides)
 
@@ -209,11 +176,8 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 
 def resolve_layers(config: Config, num_layers: int) -> tuple[int, ...]:
-    """Tuned layers of a model with `num_layers`, ascending, counted from 0.
-
-    Without a `layer` it is relative depth 0.7, the paper's choice for Llama-3-8B (22 of 32).
-    Raises `UserError` for a layer that the model does not have.
-    """
+    """Tuned layers, ascending, from 0; without a `layer` relative depth 0.7, the paper's choice for
+    Llama-3-8B (22 of 32). Raises UserError for a layer that the model does not have."""
     if config.layer is None:
         return (7 * num_layers // 10,)
     layers = (config.layer,) if isinstance(config.layer, int) else config.layer
@@ -239,17 +203,10 @@ def unknown_key(name: str, where: str) -> UserError:
 def _checked(name: str, value: Any, where: str) -> Any:
     expected, convert = KEYS[ALIASES.get(name, name)]["rule"]
     try:
-        converted, valid = convert(value), True
+        return convert(value)
     except (ValueError, TypeError, OverflowError, KeyError):
-        converted, valid = None, False
-    if not valid:
-        raise UserError(f"{where}: `{name}: {shown(value)}` is not valid; it must be {expected}")
-    return converted
-
-
-def _checked_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    pairs = (_checked_all(dict([split_override(text)]), OVERRIDES) for text in overrides)
-    return {name: value for pair in pairs for name, value in pair.items()}
+        wrong = f"{where}: `{name}: {shown(value)}` is not valid"
+    raise UserError(f"{wrong}; it must be {expected}")
 
 
 def _checked_all(values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -257,3 +214,8 @@ def _checked_all(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not known_key(name):
             raise unknown_key(str(name), where)
     return canonical({name: _checked(name, value, where) for name, value in values.items()}, where)
+
+
+def _checked_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    pairs = (_checked_all(dict([split_override(text)]), OVERRIDES) for text in overrides)
+    return {name: value for pair in pairs for name, value in pair.items()}

@@ -26,6 +26,10 @@ def test_generated_parts_are_up_to_date():
     spec.loader.exec_module(generate)
     stale = [path.name for path, text in generate.pages().items() if path.read_text(encoding="utf-8") != text]
     assert not stale, "run python docs/generate.py"
+    rows = generate.key_table().splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == list(KEYS)
+    assert all(row.count("|") == 4 and row.startswith("| `") for row in rows)
+    assert "| `learning_rate` (alias `lr`) | `0.0005` |" in generate.key_table()
 
 
 def test_the_readme_is_short():
@@ -48,7 +52,7 @@ def test_every_page_is_in_the_navigation():
 def test_the_version_is_the_same_everywhere():
     version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)[1]
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
-    assert f'__version__ = "{version}"' in (ROOT / "locft_jax" / "version.py").read_text()
+    assert f'__version__ = "{version}"' in (ROOT / "locft_jax" / "__init__.py").read_text()
     assert f"\n## {version}\n" in (ROOT / "CHANGELOG.md").read_text()
 
 

@@ -5,7 +5,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from locft_jax.errors import UserError
-from locft_jax.flat_yaml import is_null, read_yaml, shown, split_override
+from locft_jax.rules import is_null, read_yaml, shown, split_override
 
 
 def read(tmp_path, text):

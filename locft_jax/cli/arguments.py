@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from locft_jax import __version__
 from locft_jax.config import OVERRIDES, check_keys, key_rows, known_key, unknown_key
 from locft_jax.errors import UserError
-from locft_jax.version import __version__
 
 OVERRIDE = re.compile(r"\s*([A-Za-z_]\w*)\s*=")  # a word that may be an override, if its key is one
 

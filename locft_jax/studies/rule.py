@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from locft_jax.flat_yaml import shown as yaml
+from locft_jax.rules import shown as yaml
 from locft_jax.studies.tables import Line, describe_figures, label, percent
 
 ENOUGH = 0.99  # reliability that is to be reached

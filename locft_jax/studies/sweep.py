@@ -22,7 +22,7 @@ from rich.console import Console
 from locft_jax.config import DEMO_CONFIG, Config, canonical, config_from_dict, config_to_dict, load_config
 from locft_jax.errors import UserError
 from locft_jax.evaluation.report import plain
-from locft_jax.flat_yaml import read_yaml, shown
+from locft_jax.rules import read_yaml, shown
 from locft_jax.studies import figures
 from locft_jax.studies.rule import is_frontier, recommend_settings
 from locft_jax.studies.tables import RATES, SHORT, Line, label, percent, print_table, write_table

@@ -10,11 +10,11 @@ from locft_jax.data.records import open_records
 from locft_jax.data.requests import EditRequest
 from locft_jax.data.tokenize import as_encoder, prompt_ids
 from locft_jax.errors import UserError
-from locft_jax.flat_yaml import shown
 from locft_jax.io.remote import open_file
 from locft_jax.model.decode import sample
 from locft_jax.model.model import Model
 from locft_jax.model.spec import ModelSpec
+from locft_jax.rules import shown
 
 SAMPLES, SAMPLE_LENGTH = 512, 32  # sequences of so many tokens at most
 
