@@ -45,8 +45,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_place(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Arguments of `jax.distributed.initialize`; {} on the hosts of a TPU pod, where jax finds out by itself;
-    None for a single process. Raises UserError."""
+    """Arguments of `jax.distributed.initialize` ({} on a TPU pod); None for a single process."""
     address, count, number = given = (args.coordinator, args.processes, args.process)
     if given == (None, None, None):
         return {} if pod_size() > 1 else None
@@ -59,17 +58,16 @@ def parse_place(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def pod_size() -> int:
-    """Hosts of the TPU slices that this machine is part of, as its environment (GKE) or its metadata server
-    (a TPU VM) says; 1 where there is no TPU."""
+    """Hosts of this machine's TPU slices: the environment (GKE) or the metadata server (a TPU VM) says."""
     if "tpu" not in (os.environ.get("JAX_PLATFORMS") or "tpu"):
         return 1
     names = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES") or ""
     if not names and "TPU_SKIP_MDS_QUERY" not in os.environ:  # jax sets it where it sees no TPU
         server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
         url = f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
         with suppress(OSError):
-            request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+            direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
             names = direct.open(request, timeout=5).read().decode()
     return len(names.split(",")) * int(os.environ.get("MEGASCALE_NUM_SLICES") or 1)
 
@@ -82,14 +80,16 @@ def joined(args: argparse.Namespace) -> Iterator[None]:
         return
     connect(place)
     try:
-        try:
-            yield
-        except UserError as e:
-            if _checking and not isinstance(e, Agreed):
-                agree(wrong=str(e))  # where `agree` is in the others
-            raise
+        yield
     except Agreed:
         leave()
+        raise
+    except UserError as e:
+        if _checking:
+            try:
+                agree(wrong=str(e))  # where the others are
+            finally:
+                leave()
         raise
     leave()
 

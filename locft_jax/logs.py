@@ -12,7 +12,6 @@ LINE_EVERY = 10.0  # seconds between progress lines where stderr is no terminal
 PLAIN = "{desc}: {n_fmt}/{total_fmt} ({percentage:.0f} %), {elapsed} gone, {remaining} left{postfix}"
 
 log = logging.getLogger("locft_jax")
-say = log.warning
 
 
 class Terminal(logging.Handler):
