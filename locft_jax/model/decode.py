@@ -18,6 +18,8 @@ from locft_jax.model import decoder
 from locft_jax.model.sharding import cache_sharding, fetch, place, replicated, split_heads
 from locft_jax.model.weights import Params, Weights
 
+Carry = tuple[jax.Array, jax.Array, jax.Array]  # through the layers: the residual stream, keys, values
+
 MOST = 256  # decode slots at a time
 LEAST = 16  # fewer are no faster: their time is that of reading the weights
 SAMPLE_SLOTS = 128  # sequences that are sampled at a time
@@ -50,11 +52,11 @@ def read_batch(
     empty = jnp.zeros((spec.n_layers, *batch.index.shape, spec.n_kv_heads, spec.head_dim), params.dtype)
     window, last = decoder.windows(spec), spec.n_layers - 1
 
-    def run(carry: tuple, start: int, stop: int, attend: Callable[..., decoder.Attend]) -> tuple:
-        def body(w: Weights, l: Any, carry: tuple) -> tuple:
-            x, new = decoder.layer(spec, w, carry[0], attend(rows, window[l]))
+    def run(carry: Carry, start: int, stop: int, attend: Callable[..., decoder.Attend]) -> Carry:
+        def body(w: Weights, l: Any, carry: Carry) -> Carry:
+            x, (k, v) = decoder.layer(spec, w, carry[0], attend(rows, window[l]))
             put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=l, axis=0)
-            return x, *(put(a, b) for a, b in zip(carry[1:], new, strict=True))
+            return x, put(carry[1], k), put(carry[2], v)
 
         return decoder.fold_layers(params, body, carry, start, stop)
 
@@ -99,7 +101,7 @@ def decode(
         distance = jnp.concatenate([read - old + age, jnp.broadcast_to(new, s.said.shape)], axis=1)
         seen = jnp.concatenate([old >= s.pads[:, None], new <= age], axis=1)  # [R, P + N]
 
-        def body(w: Weights, l: Any, carry: tuple) -> tuple:
+        def body(w: Weights, l: Any, carry: Carry) -> Carry:
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, decoder.KeysValues]:
                 at = read + here
                 keys = jax.lax.dynamic_update_slice(carry[1], k[None, ..., None], (l, 0, 0, 0, at))
@@ -107,8 +109,8 @@ def decode(
                 own = [jax.lax.dynamic_index_in_dim(a, l, keepdims=False) for a in (keys, values)]
                 return attend_one(q, own[0], own[1], seen & (distance < window[l])), (keys, values)
 
-            x, cache = decoder.layer(spec, w, carry[0], decoder.Attend(attend, positions, positions))
-            return x, *cache
+            x, (keys, values) = decoder.layer(spec, w, carry[0], decoder.Attend(attend, positions, positions))
+            return x, keys, values
 
         carry = (decoder.embed(params, s.token), s.keys, s.values)  # [R, D]
         x, keys, values = decoder.fold_layers(params, body, carry, 0, spec.n_layers)
