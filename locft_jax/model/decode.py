@@ -18,7 +18,8 @@ from locft_jax.model import decoder
 from locft_jax.model.sharding import cache_sharding, fetch, place, replicated, split_heads
 from locft_jax.model.weights import Params, Weights
 
-Carry = tuple[Any, ...]  # of a loop over layers: the residual stream, keys, values
+Carry = tuple[jax.Array, jax.Array, jax.Array]  # through the layers: the residual stream, keys, values
+
 MOST = 256  # decode slots at a time
 LEAST = 16  # fewer are no faster: their time is that of reading the weights
 SAMPLE_SLOTS = 128  # sequences that are sampled at a time
@@ -53,9 +54,9 @@ def read_batch(
 
     def run(carry: Carry, start: int, stop: int, attend: Callable[..., decoder.Attend]) -> Carry:
         def body(w: Weights, l: Any, carry: Carry) -> Carry:
-            x, new = decoder.layer(spec, w, carry[0], attend(rows, window[l]))
+            x, (k, v) = decoder.layer(spec, w, carry[0], attend(rows, window[l]))
             put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=l, axis=0)
-            return x, *(put(a, b) for a, b in zip(carry[1:], new, strict=True))
+            return x, put(carry[1], k), put(carry[2], v)
 
         return decoder.fold_layers(params, body, carry, start, stop)
 
@@ -108,8 +109,8 @@ def decode(
                 own = [jax.lax.dynamic_index_in_dim(a, l, keepdims=False) for a in (keys, values)]
                 return attend_one(q, own[0], own[1], seen & (distance < window[l])), (keys, values)
 
-            x, cache = decoder.layer(spec, w, carry[0], decoder.Attend(attend, positions, positions))
-            return x, *cache
+            x, (keys, values) = decoder.layer(spec, w, carry[0], decoder.Attend(attend, positions, positions))
+            return x, keys, values
 
         carry = (decoder.embed(params, s.token), s.keys, s.values)  # [R, D]
         x, keys, values = decoder.fold_layers(params, body, carry, 0, spec.n_layers)
