@@ -4,6 +4,7 @@ pictures. What was interrupted, or whose file got more runs, continues with --re
 
 import argparse
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,11 +29,16 @@ from locft_jax.studies.tables import RATES, Line, Lines, describe_figures
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run that has been looked at, and a digest of all that its result follows from."""
+    """A run that has been looked at."""
 
     run: Run
     prepared: Prepared
-    digest: str
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of all that its result follows from."""
+        identity = self.prepared.identity()
+        return digest([{key: value for key, value in identity.items() if key != "versions"}])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,7 +59,7 @@ def carry_out(args: argparse.Namespace) -> None:
     if first:
         outputs.check_out(out, args.overwrite, args.resume, proof="sweep.json")
     opened = Opened()
-    jobs = [look(run, opened) for run in runs]
+    jobs = [Job(run, prepare(run.config, opened=opened)) for run in runs]
     known = {job.run.name: job.digest for job in jobs}
     result = read_json(out / "sweep.json") if first and args.resume else None
     over = isinstance(result, dict) and result.get("known") == known and not file.parent.exists()
@@ -82,13 +88,6 @@ def carry_out(args: argparse.Namespace) -> None:
     console.print(plain(f"written to {out}/: " + ", ".join(sorted(p.name for p in out.iterdir()))))
 
 
-def look(run: Run, opened: Opened) -> Job:
-    """The run, prepared. Raises UserError for anything that is wrong with it."""
-    prepared = prepare(run.config, opened=opened)
-    identity = {key: value for key, value in prepared.identity().items() if key != "versions"}
-    return Job(run, prepared, digest([identity]))
-
-
 def check_lines(file: Path, known: Mapping[str, str], resume: bool) -> None:
     """Remove the lines of earlier runs, or with `resume` look at them; keep what each run of the sweep is
     (`known`: name -> digest). Raises UserError for a run that the sweep does not have, or has otherwise."""
@@ -108,19 +107,18 @@ def check_lines(file: Path, known: Mapping[str, str], resume: bool) -> None:
 
 def measure_jobs(jobs: Sequence[Job], lines: Lines, console: Console) -> None:
     """Add a line for each of the jobs that has none yet. One model is held at a time."""
-    done, begin = {line["name"] for line in lines}, time.monotonic()
+    begin, held, done = time.monotonic(), dict[Any, Model](), {line["name"] for line in lines}
     jobs = [job for job in jobs if job.run.name not in done]
-    held: tuple[Any, Model] | None = None
     for number, job in enumerate(jobs):
         spent = time.monotonic() - begin
         left = f", about {spent / number * (len(jobs) - number) / 60:.0f} min left" if number else ""
         console.print(plain(f"run {number + 1} of {len(jobs)}{left}: {job.run.name}"))
         config = job.run.config
         key = config.model_name_or_path, config.weights, tuple(job.prepared.mesh.shape.items())
-        if held is None or held[0] != key:
-            held = None
-            held = key, job.prepared.load()
-        line = lines.keep(measure(held[1], job))
+        if key not in held:
+            held.clear()
+            held[key] = job.prepared.load()
+        line = lines.keep(measure(held[key], job))
         console.print(plain("  " + describe_figures(line)))
 
 

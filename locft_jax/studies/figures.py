@@ -3,15 +3,17 @@ the frontier of ways to preserve. Each function returns a figure that needs no d
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from locft_jax.studies.rule import measured, method_of, pick
 from locft_jax.studies.tables import FIGURES, Line, label, worth_showing
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 COLOURS = "colorblind"  # of seaborn; markers tell the curves apart again
 GREY, FRAME = "#555555", "#D55E00"
@@ -20,10 +22,8 @@ MOST = 8  # curves in a panel
 BELOW = 12  # points under the settings to use that the frontier reaches
 
 
-def draw_curves(lines: Sequence[Line], before: Mapping[str, float | None], title: str) -> "Figure":
+def draw_curves(lines: Sequence[Line], before: Mapping[str, float | None], title: str) -> Figure:
     """One panel a figure, one curve a module, over the layers; dashed: the unedited model."""
-    import seaborn as sns
-
     keys, frame = worth_showing(lines), _percents(lines, "layer", "module")
     figure, axes = _panels(len(keys), 2, (5.2, 3.4), sharex=True)
     layers = sorted(frame["layer"].unique())
@@ -37,11 +37,8 @@ def draw_curves(lines: Sequence[Line], before: Mapping[str, float | None], title
     return _finished(figure, title, 6)
 
 
-def draw_heat_maps(lines: Sequence[Line], top: tuple[int, str], title: str) -> "Figure":
+def draw_heat_maps(lines: Sequence[Line], top: tuple[int, str], title: str) -> Figure:
     """One panel a figure, layers across, modules down; the site `top` (layer, module) is framed."""
-    import seaborn as sns
-    from matplotlib.patches import Rectangle
-
     keys, frame = worth_showing(lines), _percents(lines, "layer", "module")
     modules, layers = list(frame["module"].unique()), sorted(frame["layer"].unique())
     size = 2.8 + 0.55 * max(6, min(len(layers), 24)), 1.5 + 0.45 * len(modules)
@@ -70,7 +67,7 @@ def horizontal(rows: Sequence[Line]) -> str | None:
     return most if counts.get(most, 0) >= 3 and curves <= MOST else None
 
 
-def draw_sweep(rows: Sequence[Line], before: Mapping[str, float | None], title: str) -> "Figure":
+def draw_sweep(rows: Sequence[Line], before: Mapping[str, float | None], title: str) -> Figure:
     """One panel a figure. Over the key with most numbers: one curve for every combination of the others; else
     one bar a run. Error bars: the standard deviation over seeds. Dashed: the unedited model."""
     keys, across = worth_showing(rows), horizontal(rows)
@@ -83,10 +80,7 @@ def draw_sweep(rows: Sequence[Line], before: Mapping[str, float | None], title: 
     return _finished(figure, title, 3 if across else 0)
 
 
-def _sweep_curves(axis: "Axes", rows: Sequence[Line], key: str, across: str) -> None:
-    import numpy as np
-    import seaborn as sns
-
+def _sweep_curves(axis: Axes, rows: Sequence[Line], key: str, across: str) -> None:
     names = list(dict.fromkeys(label(row["settings"], across) for row in rows))
     for name, colour, marker in zip(names, sns.color_palette(COLOURS, len(names)), "osD^vPX*", strict=False):
         own = [r for r in rows if label(r["settings"], across) == name and r[key] is not None]
@@ -102,7 +96,7 @@ def _sweep_curves(axis: "Axes", rows: Sequence[Line], key: str, across: str) -> 
     axis.set_xticks([], minor=True)
 
 
-def _sweep_bars(axis: "Axes", rows: Sequence[Line], key: str) -> None:
+def _sweep_bars(axis: Axes, rows: Sequence[Line], key: str) -> None:
     values = [float("nan") if row[key] is None else 100 * row[key] for row in rows]
     spread = [100 * (row[f"{key}_spread"] or 0) for row in rows]
     bars = axis.barh(range(len(rows)), values, xerr=spread if any(spread) else None, height=0.7, capsize=3)
@@ -113,12 +107,9 @@ def _sweep_bars(axis: "Axes", rows: Sequence[Line], key: str) -> None:
     axis.grid(visible=False, axis="y")
 
 
-def draw_dynamics(lines: Sequence[Line], title: str) -> "Figure":
+def draw_dynamics(lines: Sequence[Line], title: str) -> Figure:
     """One panel a run: reliability of each fifth of the edits, in the order of the data, and of all, as the
     run proceeds (paper, learning dynamics)."""
-    import pandas as pd
-    import seaborn as sns
-
     runs = [line for line in lines if line["dynamics"]]
     figure, axes = _panels(len(runs), 2, (5.2, 3.4), sharey=True)
     for axis, line in zip(axes, runs, strict=True):
@@ -132,12 +123,10 @@ def draw_dynamics(lines: Sequence[Line], title: str) -> "Figure":
     return _finished(figure, title, 3)
 
 
-def draw_frontier(rows: Sequence[Line], title: str) -> "Figure":
+def draw_frontier(rows: Sequence[Line], title: str) -> Figure:
     """Reliability and generalization over what was kept, a colour a method: settings as points, those that no
     other of the method beats on both axes joined; ringed: the settings to use. What edits far worse than
     these is outside the picture."""
-    import seaborn as sns
-
     rows = measured(rows, "locality_agreement")
     top, frame = pick(rows), _percents(rows)
     frame["method"] = [method_of(row["settings"]) for row in rows]
@@ -158,7 +147,7 @@ def draw_frontier(rows: Sequence[Line], title: str) -> "Figure":
     return _finished(figure, title, 4)
 
 
-def _beaten(frame: "pd.DataFrame", x: str, y: str) -> Any:
+def _beaten(frame: pd.DataFrame, x: str, y: str) -> Any:
     """Which rows another of the same method beats on both axes, as a mask."""
 
     def beaten(row: Any) -> bool:
@@ -168,21 +157,16 @@ def _beaten(frame: "pd.DataFrame", x: str, y: str) -> Any:
     return frame.apply(beaten, axis=1)
 
 
-def _percents(lines: Sequence[Line], *names: str) -> "pd.DataFrame":
+def _percents(lines: Sequence[Line], *names: str) -> pd.DataFrame:
     """Figures in percent, NaN where not measured, beside the columns `names`."""
-    import pandas as pd
-
     frame = pd.DataFrame([{key: line[key] for key in (*names, *FIGURES)} for line in lines])
     return frame.assign(**{key: 100 * frame[key].astype(float) for key in FIGURES})
 
 
 def _panels(
     count: int, columns: int, size: tuple[float, float], style: str = "whitegrid", **shared: Any
-) -> tuple["Figure", list["Axes"]]:
+) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels of so many inches each, at most `columns` beside each other."""
-    import seaborn as sns
-    from matplotlib.figure import Figure
-
     columns, rows = min(columns, count), -(-count // min(columns, count))
     with sns.axes_style(style), sns.plotting_context("notebook"):
         figure = Figure((size[0] * columns, size[1] * rows + 0.9), dpi=110, layout="constrained")
@@ -192,7 +176,7 @@ def _panels(
     return figure, list(axes[:count])
 
 
-def _unedited(axis: "Axes", level: float | None, across: bool = True) -> None:
+def _unedited(axis: Axes, level: float | None, across: bool = True) -> None:
     """A dashed line at the unedited model's figure, if there is one; `across` a panel that shows at least
     five points: a difference of nothing must not look like one."""
     if level is not None:
@@ -203,7 +187,7 @@ def _unedited(axis: "Axes", level: float | None, across: bool = True) -> None:
         axis.set_ylim((low + high) / 2 - 2.5, (low + high) / 2 + 2.5)
 
 
-def _finished(figure: "Figure", title: str, columns: int = 0) -> "Figure":
+def _finished(figure: Figure, title: str, columns: int = 0) -> Figure:
     """The figure with its title, and one legend for all panels in so many columns (0: none)."""
     shown: dict[str, Any] = {}
     for axis in figure.axes:

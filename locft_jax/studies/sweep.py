@@ -23,7 +23,6 @@ from locft_jax.config import DEMO_CONFIG, Config, canonical, config_from_dict, c
 from locft_jax.errors import UserError
 from locft_jax.evaluation.report import plain
 from locft_jax.rules import read_yaml, shown
-from locft_jax.studies import figures
 from locft_jax.studies.rule import is_frontier, recommend_settings
 from locft_jax.studies.tables import RATES, SHORT, Line, label, percent, print_table, write_table
 
@@ -106,6 +105,8 @@ def grouped(lines: Sequence[Line]) -> list[dict[str, Any]]:
 def write_results(folder: Path, lines: Sequence[Line], facts: Mapping[str, Any]) -> dict[str, Any]:
     """sweep.json, sweep.csv, sweep.png; where runs were measured as they went, dynamics.png; where they
     preserve in different ways, frontier.png. What sweep.json holds."""
+    from locft_jax.studies import figures  # matplotlib and pandas come with it
+
     rows, title = grouped(lines), facts["title"]
     result: dict[str, Any] = {**facts, "rows": rows, "runs": list(lines)}
     pictures = {"sweep": figures.draw_sweep(rows, facts["before"], title)}

@@ -85,9 +85,9 @@ def test_a_name_that_is_not_known_is_told_what_there_is(text):
 def test_larger_machines_of_a_kind():
     sizes = [t.name for t in larger(parse_topology("v5e-8"))]
     assert sizes == ["v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16"]
-    assert next(larger(parse_topology("gpu:3"))).count == 4 == next(larger(parse_topology("gpu:2"))).count
-    assert not list(larger(parse_topology("cpu:8")))  # they share the host's memory
-    assert next(larger(parse_topology("gpu:1", 24))).memory == 24 * GIB
+    assert larger(parse_topology("gpu:3"))[0].count == 4 == larger(parse_topology("gpu:2"))[0].count
+    assert not larger(parse_topology("cpu:8"))  # they share the host's memory
+    assert larger(parse_topology("gpu:1", 24))[0].memory == 24 * GIB
 
 
 def test_all_slices_begin_with_the_least_memory():

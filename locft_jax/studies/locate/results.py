@@ -10,7 +10,6 @@ from locft_jax.evaluation.report import plain
 from locft_jax.io.atomic import read_json
 from locft_jax.io.outputs import saved_something
 from locft_jax.run_identity import check_same
-from locft_jax.studies import figures
 from locft_jax.studies.rule import ranked, recommend_site
 from locft_jax.studies.tables import Line, percent, print_table, worth_showing, write_table
 
@@ -29,6 +28,8 @@ def write_results(
     folder: Path, lines: Sequence[Line], facts: Mapping[str, Any], run: Mapping[str, Any]
 ) -> dict[str, Any]:
     """All results; what sites.json holds."""
+    from locft_jax.studies import figures  # matplotlib and pandas come with it
+
     names = list(dict.fromkeys(line["module"] for line in lines))
     lines = sorted(lines, key=lambda line: (line["layer"], names.index(line["module"])))
     top = recommend_site(lines, facts["before"])

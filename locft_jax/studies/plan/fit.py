@@ -18,6 +18,7 @@ from locft_jax.studies.plan.programs import Case, Program, product_flops, progra
 from locft_jax.studies.plan.topology import GIB, Topology, tpu_devices
 from locft_jax.studies.tables import print_table
 
+SIZES = ("weights", "tuned", "held", "temporaries", "total", "headroom")
 OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]?) of")  # what the TPU's compiler says
 
 
@@ -62,16 +63,10 @@ class Outcome:
 
     def sizes(self, usage: Usage | None) -> dict[str, float | None]:
         """Bytes a chip of one program; of `None` those of the training step by arithmetic."""
-        parts = usage.program if usage else self.need
-        total = usage.total if usage else self.total
-        return {
-            "weights": parts.weights,
-            "tuned": parts.tuned,
-            "held": usage.held if usage else None,
-            "temporaries": usage.temporaries if usage else self.need.step,
-            "total": total,
-            "headroom": self.topology.memory - total,
-        }
+        parts, total = (usage.program, usage.total) if usage else (self.need, self.total)
+        used = (usage.held, usage.temporaries) if usage else (None, self.need.step)
+        sizes = (parts.weights, parts.tuned, *used, total, self.topology.memory - total)
+        return dict(zip(SIZES, sizes, strict=True))
 
     def record(self) -> dict[str, Any]:
         """For `--json`: sizes in GiB a chip, times in seconds."""

@@ -75,9 +75,7 @@ class Case:
 
 def make_case(config: Config, model_config: Path | None = None) -> tuple[Case, list[str]]:
     """What the config edits, and notes on what had to be assumed. `model_config`: the model's config.json.
-
-    Raises UserError for a model of which no config.json is here, and where the edit itself would.
-    """
+    Raises UserError for a model of which no config.json is here, and where the edit itself would."""
     if model_config is not None and not model_config.exists():
         raise UserError(f"--model-config: no file {str(model_config)!r}")
     path = model_config or find_shape(config)
@@ -242,9 +240,10 @@ class Shapes:
         every = np.arange(len(corpus))
         shape = packing.fit_shape(corpus, [every], config.row_length, self.split)
         batch = self.batch(packing.pack(corpus, every, shape, "token"))
-        ids = self.everywhere((batch.labels.size, min(kl.TOP, self.case.spec.vocab_size - 1)), np.int32)
-        logp, rest, strength = (self.everywhere(a, np.float32) for a in (ids.shape, ids.shape[:1], ()))
-        return step.RetainBatch(self.inputs(batch), batch, ids, logp, rest, strength)
+        inputs = self.inputs(batch)
+        known = jax.eval_shape(kl.expected, self.params, inputs, batch)
+        ids, logp, rest = (self.everywhere(a.shape, a.dtype) for a in known)
+        return step.RetainBatch(inputs, batch, ids, logp, rest, self.everywhere((), np.float32))
 
     def train(self) -> Program:
         """The training step on mini-batches as the run makes them."""

@@ -29,7 +29,7 @@ class Chip:
 TPUS = {"v4": Chip(32, 275e12), "v5e": Chip(16, 197e12), "v5p": Chip(95, 459e12), "v6e": Chip(32, 918e12)}
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
-SLICES = {"v4": CUBIC, "v5e": FLAT, "v5p": CUBIC, "v6e": FLAT}
+SIZES = {"v4": CUBIC, "v5e": FLAT, "v5p": CUBIC, "v6e": FLAT}
 GPU = Chip(80)  # a common size; --memory says otherwise
 
 
@@ -55,56 +55,54 @@ class Topology:
         return self.chip.memory * GIB
 
 
-def tpu_slice(kind: str, size: str, chip: Chip | None = None) -> Topology:
-    """A slice by its shape, such as `4x4`."""
-    shape = tuple(map(int, size.split("x")))
-    return Topology(f"{kind}:{size}", kind, chip or TPUS[kind], math.prod(shape), shape)
+def _slices() -> Iterator[Topology]:
+    """Every TPU slice, by its shape and by its machine type. There v4 and v5p count TensorCores, two a chip;
+    their hosts have four chips, the others' eight."""
+    for kind, sizes in SIZES.items():
+        cores, host = (2, 4) if sizes is CUBIC else (1, 8)
+        for size in sizes:
+            shape = tuple(map(int, size.split("x")))
+            found = Topology(f"{kind}:{size}", kind, TPUS[kind], math.prod(shape), shape)
+            yield found
+            machine = f"{kind}-{found.count * cores}"
+            yield dataclasses.replace(found, name=machine, one_host=found.count <= host)
+
+
+SLICES = {t.name: t for t in _slices()}
 
 
 def parse_topology(text: str, memory: float | None = None) -> Topology:
     """What `text` names. `memory`: GiB a device, in place of the table's. Raises UserError."""
-    kind, sign, rest = text.partition(":" if ":" in text else "-")
-    found = None
-    if kind in ("gpu", "cpu") and sign == ":" and re.fullmatch(r"[1-9][0-9]{0,5}", rest):
-        chip = GPU if kind == "gpu" else Chip(host_memory() / GIB / int(rest))
-        found = Topology(text, kind, chip, int(rest))
-    elif kind in TPUS and sign == ":" and rest in SLICES[kind]:
-        found = tpu_slice(kind, rest)
-    elif kind in TPUS and sign == "-" and rest.isdecimal():
-        cubic = SLICES[kind] is CUBIC  # v4 and v5p count TensorCores, two a chip; their hosts have four
-        chips, most = (int(rest) / 2, 4) if cubic else (int(rest), 8)
-        every = (tpu_slice(kind, size) for size in SLICES[kind])
-        same = [dataclasses.replace(t, name=text, one_host=chips <= most) for t in every if t.count == chips]
-        found = same[0] if same else None
+    found = SLICES.get(text)
+    if other := re.fullmatch(r"(gpu|cpu):([1-9][0-9]{0,5})", text):
+        kind, count = other[1], int(other[2])
+        found = Topology(text, kind, GPU if kind == "gpu" else Chip(host_memory() / GIB / count), count)
     if found is None:
-        names = [f"{k}:{s}" for k, sizes in SLICES.items() for s in sizes] + ["gpu:1", "cpu:1", "auto"]
+        names = [*(name for name in SLICES if ":" in name), "gpu:1", "cpu:1", "auto"]
         near = difflib.get_close_matches(text, names, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
-        slices = "; ".join(f"{kind}: {', '.join(sizes)}" for kind, sizes in SLICES.items())
+        slices = "; ".join(f"{kind}: {', '.join(sizes)}" for kind, sizes in SIZES.items())
         raise UserError(
             f"--topology: {text!r} is not known; {hint}It may be a TPU slice kind:shape ({slices}), a "
             "machine type (v5e-1, v5e-4, v5e-8, v6e-8: one host; v5e-16, v5p-8, ...), gpu:N, cpu:N, or auto"
         )
-    chip = found.chip if memory is None else dataclasses.replace(found.chip, memory=memory)
-    return dataclasses.replace(found, chip=chip)
+    return found if memory is None else dataclasses.replace(found, chip=Chip(memory, found.chip.flops))
 
 
-def larger(topology: Topology) -> Iterator[Topology]:
+def larger(topology: Topology) -> list[Topology]:
     """The next sizes of the same kind."""
-    if topology.shape:
-        sizes = (tpu_slice(topology.kind, size, topology.chip) for size in SLICES[topology.kind])
-        yield from (t for t in sizes if t.count > topology.count)
-    elif topology.kind == "gpu":  # those of a CPU share the host's memory: more bring no more
-        for n in (topology.count.bit_length() + k for k in range(8)):
-            yield dataclasses.replace(topology, name=f"gpu:{2**n}", count=2**n)
+    if topology.kind == "gpu":  # those of a CPU share the host's memory: more bring no more
+        counts = [2 ** (topology.count.bit_length() + k) for k in range(8)]
+        return [dataclasses.replace(topology, name=f"gpu:{count}", count=count) for count in counts]
+    sizes = (t for name, t in SLICES.items() if t.kind == topology.kind and ":" in name)
+    return [dataclasses.replace(t, chip=topology.chip) for t in sizes if t.count > topology.count]
 
 
 def all_slices() -> list[Topology]:
     """Every TPU slice that can be compiled for, least memory in all first, then fewest chips; 2x4 chips as
     one host."""
-    every = [tpu_slice(kind, size) for kind, sizes in SLICES.items() for size in sizes if size != "2x4"]
-    every += [parse_topology(f"{kind}-8") for kind in ("v5e", "v6e")]
-    return sorted((t for t in every if t.compiles), key=lambda t: (t.count * t.memory, t.count))
+    every = [t for name, t in SLICES.items() if t.compiles and (":" in name) != (t.shape == (2, 4))]
+    return sorted(every, key=lambda t: (t.count * t.memory, t.count))
 
 
 def prepare_compiler() -> None:
