@@ -150,14 +150,8 @@ def train_step(
     (_, loss), grads = jax.value_and_grad(objective, has_aux=True)(state.theta)
     optimizer = make_optimizer(hyper, regularizers.preconditioner)
     updates, moments = optimizer.update(grads, state.optimizer, state.theta, loss=loss)
-    theta = optax.apply_updates(state.theta, updates)
-    return EditState(bounded(theta, params, hyper.norm_constraint), moments), loss
-
-
-def bounded(theta: Theta, params: Params, bound: float | None) -> Theta:
-    """theta clipped to the model's own values (overrides first) +- `bound`; None: as it is."""
-    if bound is None:
-        return theta
-    base = params.overrides
-    own = {n: jnp.float32(base[n] if n in base else take_tensor(params, n)) for n in theta}
-    return {n: jnp.clip(a, own[n] - bound, own[n] + bound) for n, a in theta.items()}
+    theta, bound, base = optax.apply_updates(state.theta, updates), hyper.norm_constraint, params.overrides
+    if bound is not None:  # around the model's own values
+        own = {n: jnp.float32(base[n] if n in base else take_tensor(params, n)) for n in theta}
+        theta = {n: jnp.clip(a, own[n] - bound, own[n] + bound) for n, a in theta.items()}
+    return EditState(theta, moments), loss

@@ -172,7 +172,9 @@ def train(job: Job, state: EditState, done: Sequence[StepRecord] = (), hooks: Se
     hyper = jax.tree.map(lambda a: place(a, everywhere), schedule.hyper)
     # Counts begin where a step leaves them: elsewhere, the second step would compile anew.
     state = jax.tree.map(lambda a: a if a.ndim else place(a, everywhere), state)
-    fresh = _fresh(state.optimizer)
+    adam = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state.optimizer)
+    where = jax.tree.map(lambda a: a.sharding, state.optimizer)
+    fresh = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), adam), out_shardings=where)
     first, made = _resume_point(schedule, done)
     with contextlib.ExitStack() as stack:
         for hook in hooks:
@@ -203,13 +205,6 @@ def train(job: Job, state: EditState, done: Sequence[StepRecord] = (), hooks: Se
     losses = [mean_loss(own[-1:] if depth else own) for own in rounds]
     ended = losses if depth else losses[-1:]
     return Outcome(state, losses, log.records, "loss_floor" if ended and max(ended) < floor else "epochs")
-
-
-def _fresh(optimizer: Any) -> Callable[[], Any]:
-    """Makes Adam's state before its first step, sharded as `optimizer` is."""
-    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), optimizer)
-    where = jax.tree.map(lambda a: a.sharding, optimizer)
-    return jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like), out_shardings=where)
 
 
 def mean_loss(records: Sequence[StepRecord]) -> float:

@@ -166,24 +166,20 @@ def _moments(
     exact = tuple(sorted(at for at, width in widths.items() if width <= EXACT))
     wide = tuple(sorted(widths.keys() - set(exact)))
     found = _means(functools.partial(sums, exact, {}), model.mesh, texts) if exact else {}
-    rng = np.random.default_rng(0)
-    bases = {at: _orthonormal(rng.standard_normal((widths[at], min(RANK, widths[at])))) for at in wide}
+    rng, orthonormal = np.random.default_rng(0), lambda a: np.linalg.qr(a)[0].astype(np.float32)
+    bases = {at: orthonormal(rng.standard_normal((widths[at], min(RANK, widths[at])))) for at in wide}
     for at_pass in range(PASSES if wide else 0):
         placed = {at: place(basis, replicated(model.mesh)) for at, basis in bases.items()}
         for at, own in _means(functools.partial(sums, wide, placed), model.mesh, texts).items():
             product = fetch(own["product"]).astype(np.float64)
             if at_pass < PASSES - 1:
-                bases[at] = _orthonormal(product)
+                bases[at] = orthonormal(product)
                 continue
             small = bases[at].T.astype(np.float64) @ product  # the moment within the basis
             values, vectors = np.linalg.eigh((small + small.T) / 2)
             leading = (bases[at] @ vectors[:, ::-1]).astype(np.float32)
             found[at] = Leading(leading, np.maximum(values[::-1], 0), float(fetch(own["trace"])))
     return {name: found[at] for name, at in places.items()}
-
-
-def _orthonormal(a: np.ndarray) -> np.ndarray:
-    return np.linalg.qr(a)[0].astype(np.float32)
 
 
 def matrices_of(spec: ModelSpec, site: Sequence[str]) -> dict[str, Place]:
