@@ -56,14 +56,16 @@ def strength_of(config: Config) -> float | None:
 
 def describe(config: Config, lambdas: Lambdas) -> dict[str, Any] | None:
     """Method, strength, lambdas, weight of the divergence and source, for reports and deltas; or None."""
-    return None if not preserves(config) else {
+    if not preserves(config):
+        return None
+    return {
         "method": config.preserve,
         "strength": strength_of(config) if config.preserve != "none" else None,
         "lambda": lambdas or None,
         "kl": config.preserve_kl or None,
         "source": source_of(config),
         "tokens": config.preserve_tokens,
-    }  # fmt: skip
+    }
 
 
 def check_preserve(spec: ModelSpec, site: Sequence[str], config: Config) -> None:
