@@ -20,9 +20,8 @@ from locft_jax.io import outputs
 from locft_jax.io.atomic import whole_folder
 from locft_jax.logs import Bar, log
 from locft_jax.prepare import prepare
-from locft_jax.studies.locate.measure import Bench, compilations
+from locft_jax.studies.locate.measure import Bench, compilations, finished, print_results, write_results
 from locft_jax.studies.locate.places import MODULES, STUDIED, Plan, make_plan
-from locft_jax.studies.locate.results import finished, print_results, write_results
 from locft_jax.studies.tables import Lines, describe_figures
 
 EDITS, PROBES = 200, 1000  # the sample, where the config says nothing
@@ -84,8 +83,7 @@ def carry_out(args: argparse.Namespace) -> None:
 
 
 def sample(config: Config) -> Config:
-    """The config of a run that edits at many sites: a sample of edits and probes where it names none. Raises
-    UserError for a config that cannot be measured."""
+    """A sample of edits and probes where the config names none. Raises UserError for evaluate=false."""
     if not config.evaluate:
         raise UserError("evaluate: locate measures every site; use evaluate=true")
     edits, probes = config.num_edits or EDITS, config.eval_sample or PROBES

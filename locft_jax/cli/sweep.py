@@ -123,8 +123,7 @@ def measure_jobs(jobs: Sequence[Job], lines: Lines, console: Console) -> None:
 
 
 def measure(model: Model, job: Job) -> Line:
-    """The job's edit of the model, and what it came to: a line of runs.jsonl. Figures are None where the
-    loss was not finite."""
+    """The job's edit as a line of runs.jsonl: figures are None where the loss was not finite."""
     begin = time.monotonic()
     line: dict[str, Any] = {
         "name": job.run.name,

@@ -108,8 +108,7 @@ def _sweep_bars(axis: Axes, rows: Sequence[Line], key: str) -> None:
 
 
 def draw_dynamics(lines: Sequence[Line], title: str) -> Figure:
-    """One panel a run: reliability of each fifth of the edits, in the order of the data, and of all, as the
-    run proceeds (paper, learning dynamics)."""
+    """One panel a run: reliability of each fifth of the edits (by their order) and of all, over the steps."""
     runs = [line for line in lines if line["dynamics"]]
     figure, axes = _panels(len(runs), 2, (5.2, 3.4), sharey=True)
     for axis, line in zip(axes, runs, strict=True):

@@ -89,8 +89,7 @@ def method_of(settings: Mapping[str, Any]) -> str:
 
 
 def pick(rows: Sequence[Line]) -> Line:
-    """Of the `reliable` rows the one that changes fewest of the other answers; then the one that generalizes
-    best."""
+    """Of the `reliable` rows the one that changes fewest of the other answers, then generalizes best."""
     good = reliable(measured(rows, "locality_agreement"))
     return max(good, key=lambda row: (row["locality_agreement"], row["generalization"] or 0.0))
 

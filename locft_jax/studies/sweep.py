@@ -1,13 +1,6 @@
-"""A sweep file -> its runs, and what their lines come to.
-
-config: ../llama3-8b-zsre.yaml      a config, relative to this file, or `demo` (optional)
-num_edits: 1000                     keys that all runs have, over those of the config
-grid:                               every combination of these values is a run
-  pipeline: [depth, breadth]
-  batch_size: [1, 100]
-also:                               and so is each of these (optional)
-  - {method: ft-l, pipeline: depth, batch_size: 1}
-"""
+"""A sweep file -> its runs, and what their lines come to. The file has the keys of all runs, the `config`
+that they change (relative to the file, or `demo`), a `grid` of values, of which every combination is a run,
+and `also` further runs, each a mapping; configs/paper/ has some."""
 
 import dataclasses
 import itertools

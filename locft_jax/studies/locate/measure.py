@@ -1,12 +1,12 @@
-"""Edit at one site after another, and measure each. What sites have in common is made once: texts, tokens,
-the answers before, the activations below, which are carried from layer to layer, and compiled programs, which
-are counted and kept for a process that resumes the run."""
+"""Edit at one site after another, measure each, and say what they come to. What sites have in common is made
+once: texts, tokens, the answers before, the activations below, which are carried from layer to layer, and
+compiled programs, which are counted and kept for a process that resumes the run."""
 
 import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,27 @@ import jax
 import jax.monitoring
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
+from rich.console import Console
 
 from locft_jax import distributed
 from locft_jax.editing.run import EditTask, agreed_budgets, cache_mode, run_edit
 from locft_jax.editing.trainer import NonFiniteLoss
 from locft_jax.evaluation.ask import ask, later_drafts, probe_cache, rising_cache
 from locft_jax.evaluation.probes import Answers
+from locft_jax.evaluation.report import plain
 from locft_jax.evaluation.scoring import agreement, figures
 from locft_jax.evaluation.verify import ProbeCache
 from locft_jax.io.atomic import read_json, write_json
+from locft_jax.io.outputs import saved_something
 from locft_jax.logs import Bar
 from locft_jax.model.activation_cache import Source, advance, token_source
 from locft_jax.model.model import Model
 from locft_jax.model.weights import locate_tensor, put_tensors, take_tensor
 from locft_jax.prepare import Prepared
+from locft_jax.run_identity import check_same
 from locft_jax.studies.locate.places import Place
-from locft_jax.studies.tables import FIGURES, Line
+from locft_jax.studies.rule import ranked, recommend_site
+from locft_jax.studies.tables import FIGURES, Line, percent, print_table, worth_showing, write_table
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # once a program, out of the cache or not
 CACHE = {
@@ -73,8 +78,7 @@ class Bench:
         return {key: rates.get(key) for key in FIGURES}
 
     def measure(self, place: Place) -> Line:
-        """Edit at `place` as the edit command does, and ask every probe: a line of sites.jsonl. Figures
-        are None where the loss was not finite."""
+        """An edit at `place` as a line of sites.jsonl: figures are None where the loss was not finite."""
         begin = time.monotonic()
         self._rise(place.layer)
         line: dict[str, Any] = {
@@ -139,8 +143,7 @@ class Bench:
 
 @contextmanager
 def compilations(folder: Path | None) -> Iterator[Counter[str]]:
-    """Count programs by the name of their function. They are kept in `folder`, unless the user has set a
-    cache or it is None."""
+    """Count programs by their function's name; keep them in `folder` unless the user has set a cache."""
     count: Counter[str] = Counter()
     old = {name: getattr(jax.config, name) for name in CACHE}
     own = folder is not None and old["jax_compilation_cache_dir"] is None
@@ -166,3 +169,46 @@ def configure(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()  # which cache there is is looked at once
+
+
+def finished(out: Path, run: Mapping[str, Any]) -> bool:
+    """Whether `out` holds this run's results, nothing to resume from. Raises UserError for another run's."""
+    found = read_json(out / "sites.json")
+    if saved_something(out / "checkpoint") or not isinstance(found, dict) or "run" not in found:
+        return False
+    check_same(found["run"], run, out)
+    return True
+
+
+def write_results(
+    folder: Path, lines: Sequence[Line], facts: Mapping[str, Any], run: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All results; what sites.json holds."""
+    from locft_jax.studies.figures import draw_curves, draw_heat_maps  # matplotlib comes with these
+
+    names = list(dict.fromkeys(line["module"] for line in lines))
+    lines = sorted(lines, key=lambda line: (line["layer"], names.index(line["module"])))
+    top = recommend_site(lines, facts["before"])
+    result = {**facts, "recommendation": top, "sites": lines, "run": dict(run)}
+    spent = [{f"seconds_{k}": v for k, v in line["seconds"].items()} for line in lines]
+    rows = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    write_table(folder, "sites", result, [row | own for row, own in zip(rows, spent, strict=True)])
+    title = f"{facts['edits']} edits in {Path(str(facts['model'])).name}"
+    draw_curves(lines, facts["before"], title).savefig(folder / "curves.png")
+    heat = draw_heat_maps(lines, (top["layer"], top["module"]), f"{title}; framed: the site to use")
+    heat.savefig(folder / "heatmap.png")
+    return result
+
+
+def print_results(result: Mapping[str, Any], console: Console, count: int = 5) -> None:
+    """The first sites by the rule, and the recommendation with the lines to paste."""
+    shown, top = worth_showing(result["sites"]), result["recommendation"]
+    first = {**result["before"], "module": "unedited", "layer": "-"}
+    rows = [
+        {"module": line["module"], "layer": str(line["layer"])}
+        | {key.replace("_", " "): percent(line[key]) for key in shown}
+        for line in [first, *ranked(result["sites"], count)]
+    ]
+    print_table(f"the best of {len(result['sites'])} sites, %", rows, console)
+    console.print(plain(f"Where to edit: {top['words']}"))
+    console.print(f"\n{top['config']}\n")

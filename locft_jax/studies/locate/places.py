@@ -51,8 +51,7 @@ class Plan:
     every: int = 1
 
     def places(self, modules: Sequence[str], layers: Iterable[int]) -> list[Place]:
-        """Layer by layer from below, so that activations can be carried upward. Raises UserError for what the
-        model does not have."""
+        """Layer by layer from below, so that activations can be carried upward. Raises UserError."""
         pairs = [(MODULES.get(m, m), m, l) for l in sorted(layers) for m in modules]
         return [Place(l, m, template, find_site(self.spec, [template], [l])) for template, m, l in pairs]
 

@@ -113,8 +113,7 @@ def smallest(case: Case, topologies: Iterable[Topology]) -> Outcome | None:
 
 
 def meshes(case: Case, topology: Topology) -> list[Outcome]:
-    """By arithmetic: every mesh over all chips, the config's own first if it fits, then those that take
-    least memory first."""
+    """By arithmetic: every mesh over all chips, the config's own first if it fits, then by their memory."""
     step = step_of(case.corpus, case.config.batch_size, case.config.row_length, case.layer)
     count, own = topology.count, resolve_sizes(case.config.mesh, topology.count)
 

@@ -228,8 +228,7 @@ class Shapes:
         return basis if exact else step.LowRank(basis, self.everywhere((rank,), np.float32))
 
     def retain_batch(self) -> step.RetainBatch | None:
-        """A mini-batch of retained texts: as long as those sampled from the model can be, else as the edits'
-        prompts."""
+        """Retained texts: as long as those sampled from the model can be, else as the edits' prompts."""
         config, lengths = self.case.config, self.case.corpus.target_start[: kl.TEXTS]
         if not config.preserve_kl:
             return None

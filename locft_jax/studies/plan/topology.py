@@ -99,8 +99,7 @@ def larger(topology: Topology) -> list[Topology]:
 
 
 def all_slices() -> list[Topology]:
-    """Every TPU slice that can be compiled for, least memory in all first, then fewest chips; 2x4 chips as
-    one host."""
+    """Every TPU slice that can be compiled for, least memory in all first; 2x4 chips as one host."""
     every = [t for name, t in SLICES.items() if t.compiles and (":" in name) != (t.shape == (2, 4))]
     return sorted(every, key=lambda t: (t.count * t.memory, t.count))
 
@@ -124,8 +123,7 @@ def prepare_compiler() -> None:
 
 
 def tpu_devices(topology: Topology) -> list[jax.Device]:
-    """Devices of a slice that is not here: programs can be compiled for them, arrays not put there. Raises
-    UserError where the compiler does not know the slice."""
+    """Devices of a slice that is not here, to compile for. Raises UserError where libtpu does not know it."""
     from jax.experimental import topologies
 
     options: dict[str, object] = {}
