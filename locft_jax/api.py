@@ -39,17 +39,17 @@ from locft_jax.prepare import Base, Prepared, no_site, prepare
 from locft_jax.report import Measured, delta_metadata, edit_report
 
 Requests = EditData | Sequence[EditRequest | Mapping[str, Any]]
+Figures = tuple[dict[str, Any], list[dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class EditResult:
-    """What an edit produced: the tensors in `delta`, the fields of report.json in `report`, the lines of
-    steps.jsonl and predictions.jsonl, and the edited model."""
+    """What an edit produced."""
 
-    delta: Delta
-    report: dict[str, Any]
-    steps: list[dict[str, Any]]
-    predictions: list[dict[str, Any]]
+    delta: Delta  # the tensors
+    report: dict[str, Any]  # the fields of report.json
+    steps: list[dict[str, Any]]  # the lines of steps.jsonl
+    predictions: list[dict[str, Any]]  # and of predictions.jsonl
     edited: Model
 
 
@@ -61,16 +61,11 @@ def as_data(requests: Requests, config: Config) -> EditData:
 
 
 def edit(
-    model: Model,
-    requests: Requests,
-    config: Config | None = None,
-    capability: Sequence[CapabilityItem] = (),
-    *,
-    start: Mapping[str, Any] | None = None,
-    hooks: Sequence[Hook] = (),
-    show: bool = False,
-) -> EditResult:
+    model: Model, requests: Requests, config: Config | None = None, capability: Sequence[CapabilityItem] = (),
+    *, start: Mapping[str, Any] | None = None, hooks: Sequence[Hook] = (), show: bool = False,
+) -> EditResult:  # fmt: skip
     """Edit facts into a model by LocFT-BF and measure it before and after. Pure: `model` is not changed.
+    Raises UserError for wrong input, FloatingPointError for a loss that is not finite.
 
     Args:
         model: as `load_model` gives it. Overrides that it carries stay, and are part of the new delta.
@@ -80,10 +75,6 @@ def edit(
         start: values for the site's tensors to begin with (HF name -> matrix), such as a delta's `new`.
         hooks: of the training loop.
         show: whether a bar tells of the progress.
-
-    Raises:
-        UserError: for wrong input.
-        FloatingPointError: for a loss that is not finite.
     """
     config = config or Config()
     data = as_data(requests, config)
@@ -92,15 +83,11 @@ def edit(
 
 
 def edit_prepared(
-    model: Model,
-    prepared: Prepared,
-    start: Mapping[str, Any] | None = None,
-    checkpointer: Checkpointer | None = None,
-    hooks: Sequence[Hook] = (),
-    show: bool = False,
-) -> EditResult:
-    """`edit` of a prepared run, from `start` or its `delta`. `checkpointer`: where its state is kept, and
-    where it resumes if it was interrupted; raises Interrupted (a KeyboardInterrupt) when asked to stop."""
+    model: Model, prepared: Prepared, start: Mapping[str, Any] | None = None,
+    checkpointer: Checkpointer | None = None, hooks: Sequence[Hook] = (), show: bool = False,
+) -> EditResult:  # fmt: skip
+    """`edit` of a prepared run, from `start` or its `delta`, or resumed from what `checkpointer` keeps.
+    Raises Interrupted (a KeyboardInterrupt) when asked to stop."""
     prepared = prepared.complete(model)
     config, questions, corpus = prepared.config, prepared.questions, prepared.corpus
     assert corpus is not None and prepared.retained is not None
@@ -146,8 +133,8 @@ def edit_prepared(
 def _before(
     model: Model, prepared: Prepared, beside: int, checkpointer: Checkpointer | None, show: bool
 ) -> tuple[Answers, float, ProbeCache | None]:
-    """The unedited model's answers, the seconds they took, and room for what the passes after it can share,
-    `beside` the activations of so many training tokens."""
+    """The unedited model's answers, their seconds, and room for what later passes can share, `beside` the
+    activations of so many training tokens."""
     if checkpointer and (kept := checkpointer.kept("before")):
         return Answers(**kept["answers"]), kept["seconds"], None
     config, questions, site = prepared.config, prepared.questions, prepared.site
@@ -164,14 +151,10 @@ def _before(
 
 
 def evaluate(
-    model: Model,
-    requests: Requests,
-    capability: Sequence[CapabilityItem] = (),
-    config: Config | None = None,
-    *,
-    show: bool = False,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Ask a model, with the overrides that it carries, every probe.
+    model: Model, requests: Requests, capability: Sequence[CapabilityItem] = (), config: Config | None = None,
+    *, show: bool = False,
+) -> Figures:  # fmt: skip
+    """Ask a model, with the overrides that it carries, every probe. Raises UserError for wrong input.
 
     Args:
         model: as `load_model` or `model.apply` gives it.
@@ -182,9 +165,6 @@ def evaluate(
 
     Returns:
         Figures 0-1 with counts, and a line for every probe as in predictions.jsonl.
-
-    Raises:
-        UserError: for wrong input.
     """
     config = config or Config()
     data = as_data(requests, config)
@@ -192,9 +172,7 @@ def evaluate(
     return evaluate_prepared(model, prepared, show)
 
 
-def evaluate_prepared(
-    model: Model, prepared: Prepared, show: bool = False
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def evaluate_prepared(model: Model, prepared: Prepared, show: bool = False) -> Figures:
     """`evaluate` of a run that has been looked at."""
     config, questions = prepared.config, prepared.questions
     assert questions is not None
@@ -212,14 +190,9 @@ def evaluate_prepared(
 
 
 def _ask(
-    model: Model,
-    questions: Questions,
-    drafts: Sequence[Sequence[int]] | None,
-    config: Config,
-    label: str,
-    show: bool,
-    cache: ProbeCache | None = None,
-) -> tuple[Answers, float]:
+    model: Model, questions: Questions, drafts: Sequence[Sequence[int]] | None, config: Config,
+    label: str, show: bool, cache: ProbeCache | None = None,
+) -> tuple[Answers, float]:  # fmt: skip
     """Answers, and the seconds they took."""
     begin = time.monotonic()
     with Bar(label, len(questions.probes), show) as bar:

@@ -24,8 +24,8 @@ from locft_jax.logs import log
 
 HEARTBEAT = 30  # seconds after which a process that says nothing counts as dead
 PATIENCE = 300  # seconds that processes wait for each other when they begin
-LOST = """another process of this run died, cannot be reached or did not begin; its log says why; an edit
-resumes from its last checkpoint with the same command and --resume on all hosts""".replace("\n", " ")
+LOST = ("another process of this run died, cannot be reached or did not begin; its log says why; an edit "
+        "resumes from its last checkpoint with the same command and --resume on all hosts")  # fmt: skip
 SIGNS = ("Gloo", "NCCL", "coordination service", "heartbeat", "Connection", "UNAVAILABLE", "DEADLINE")
 _checking = True  # the others wait in `agree` for a process that meets wrong input
 
@@ -184,7 +184,7 @@ def agree(given: Mapping[str, Any] | None = None, last: bool = False, wrong: str
             raise Agreed(f"process {number}: {message}" if number else message)
     own = heard[0][1]
     for number, (_, other) in enumerate(heard):
-        pairs = {key: (own.get(key), other.get(key)) for key in [*own, *other]}
-        if differ := [f"\n  {k}: {str(a)[:80]} / {str(b)[:80]}" for k, (a, b) in pairs.items() if a != b]:
+        pairs = [(key, own.get(key), other.get(key)) for key in {**own, **other}]
+        if differ := [f"\n  {k}: {str(a)[:80]} / {str(b)[:80]}" for k, a, b in pairs if a != b]:
             raise Agreed(f"processes 0 and {number} were not given the same:{''.join(differ)}")
     _checking = not last

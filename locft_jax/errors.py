@@ -1,5 +1,6 @@
 """What the user got wrong: commands print it without a traceback and exit with status 2."""
 
+import itertools
 from collections.abc import Sequence
 
 
@@ -27,6 +28,11 @@ def reason(error: Exception) -> str:
     return text if len(text) <= 200 else f"...{text[-200:]}"
 
 
+def cause(error: BaseException, most: int = 200) -> str:
+    """An error of another library with its type, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:most]
+
+
 def printable(text: object) -> str:
     """Text for a terminal: what a user's file or a model wrote must not move the cursor or change
     colours, so control and other invisible characters become spaces; lines stay."""
@@ -36,22 +42,13 @@ def printable(text: object) -> str:
 def one_screen(text: object, rows: int = 22, width: int = 80) -> str:
     """`printable` text of at most so many terminal rows. A long line keeps both ends, a long text its
     first lines and the last, where the remedy stands."""
-
-    def height(line: str) -> int:
-        return max(1, -(-len(line) // width))
-
-    most = width * (rows // 2)
+    most, end = width * (rows // 2), 4 * width
     lines = [
-        line if len(line) <= most else f"{line[: most - 4 * width]} ... {line[5 - 4 * width :]}"
+        line if len(line) <= most else f"{line[: most - end]} ... {line[5 - end :]}"
         for line in printable(text).split("\n")
     ]
-    if sum(map(height, lines)) <= rows:
+    heights = [max(1, -(-len(line) // width)) for line in lines]
+    if sum(heights) <= rows:
         return "\n".join(lines)
-    kept: list[str] = []
-    left = rows - 1 - height(lines[-1])
-    for line in lines[:-1]:
-        left -= height(line)
-        if left < 0:
-            break
-        kept.append(line)
-    return "\n".join([*kept, f"... ({len(lines) - 1 - len(kept)} more lines)", lines[-1]])
+    kept = sum(used <= rows - 1 - heights[-1] for used in itertools.accumulate(heights[:-1]))
+    return "\n".join([*lines[:kept], f"... ({len(lines) - 1 - kept} more lines)", lines[-1]])

@@ -15,8 +15,7 @@ log = logging.getLogger("locft_jax")
 
 
 class Terminal(logging.Handler):
-    """Plain lines on stderr: a warning is a note to the user. Records of other libraries take one line,
-    without the traceback: commands end with a message of their own that says what to do."""
+    """Plain lines on stderr: a warning is a note to the user. Records of other libraries take one line."""
 
     def emit(self, record: logging.LogRecord) -> None:
         text, library = record.getMessage(), record.name.split(".")[0]

@@ -1,8 +1,5 @@
-"""`prepare(config) -> Prepared`: all that a run needs but the weights.
-
-Everything that can be wrong with a run is found here, before any weight is loaded, and every text is
-tokenized once. The commands, the studies and the Python API start from it.
-"""
+"""`prepare(config) -> Prepared`: all that a run needs but the weights. What can be wrong with a run is
+found here, before any weight is loaded. Commands, studies and the Python API start from it."""
 
 import dataclasses
 import functools
@@ -34,8 +31,6 @@ from locft_jax.model.spec import ModelSpec
 from locft_jax.run_identity import FREE_KEYS, base_digest, versions
 
 Site = tuple[str, ...]  # HF names of the tensors that are tuned
-NO_EDITS = "data_path: no edits given; set data_path to a file of edits (JSON, JSONL or CSV)"
-NO_DATA = EditData([], 0, {}, "", "")
 
 
 @dataclass(frozen=True)
@@ -54,8 +49,7 @@ class Base:
 
 
 class Opened:
-    """What several configs have in common, opened once: folders, tokenizers (and what they have tokenized),
-    data."""
+    """What several configs have in common, opened once: folders, tokenizers with their texts, data."""
 
     def __init__(self) -> None:
         self.folder = functools.cache(open_folder)
@@ -113,8 +107,8 @@ class Prepared:
         return self.base.model or load_opened(self.folder, self.tokenizer, self.mesh, self.config.weights)
 
     def complete(self, model: Model) -> "Prepared":
-        """The same with the texts that only the model can give: its own as retained ones and as prefixes.
-        Raises UserError where it writes too few different ones."""
+        """The same with the retained texts and prefixes that only the model can give. Raises UserError where
+        it writes too few different ones."""
         config, corpus, retained = self.config, self.corpus, self.retained
         if corpus is not None and config.augment_prefixes and config.augment_data is None:
             prefixes = written_prefixes(model, config)
@@ -124,7 +118,7 @@ class Prepared:
 
     def identity(self) -> dict[str, Any]:
         """All that the run's result follows from, in JSON types: another run must not resume from it."""
-        start = self.delta and digest([{n: a.tobytes().hex() for n, a in self.delta.new.items()}])
+        texts = lambda given: digest([{"text": text} for text in given or ()])  # noqa: E731
         return {
             **{k: v for k, v in config_to_dict(self.config).items() if k not in FREE_KEYS},
             "mesh": dict(self.mesh.shape),
@@ -133,9 +127,9 @@ class Prepared:
             "capability": digest([dataclasses.asdict(item) for item in self.capability]),
             "base_model": base_digest(self.folder, self.site),
             "architecture": digest([dataclasses.asdict(self.base.spec)]),
-            "preserve_texts": digest([{"text": text} for text in self.texts or ()]),
-            "augment_texts": digest([{"text": text} for text in prefix_texts(self.config)]),
-            "start": start,
+            "preserve_texts": texts(self.texts),
+            "augment_texts": texts(prefix_texts(self.config)),
+            "start": self.delta and digest([{n: a.tobytes().hex() for n, a in self.delta.new.items()}]),
             "versions": versions(),
         }
 
@@ -151,41 +145,30 @@ def no_site(spec: ModelSpec, config: Config) -> list[Site]:
 
 
 def prepare(
-    config: Config,
-    *,
-    data: EditData | None = None,
-    capability: Sequence[CapabilityItem] | None = None,
-    probes: Sequence[Probe] | None = None,
+    config: Config, *, data: EditData | None = None, capability: Sequence[CapabilityItem] | None = None,
+    probes: Sequence[Probe] | None = None, base: Base | None = None, opened: Opened | None = None,
     sites: Callable[[ModelSpec, Config], Sequence[Site]] = config_site,
-    base: Base | None = None,
-    opened: Opened | None = None,
-) -> Prepared:
-    """Look at everything that a run needs, and tokenize its texts.
+) -> Prepared:  # fmt: skip
+    """Look at everything that a run needs, and tokenize its texts: what is returned is ready to `load()`.
+    Raises UserError for anything that is wrong with settings, data, model, site, texts or memory.
 
     Args:
         config: the run's settings.
         data: the edits; None: those of `data_path`.
         capability: questions that no edit is about; None: those of `capability_data`.
         probes: what is asked in place of the edits' own probes; data is then not needed.
-        sites: which tensors are edited: `config_site`, `no_site`, or a study's own choice.
         base: the model, where it is loaded or only planned; None: the config's, to be loaded.
         opened: what earlier calls have opened, for configs that share it.
-
-    Returns:
-        The run, ready to `load()` and to be carried out.
-
-    Raises:
-        UserError: for anything that is wrong with settings, data, model, site, texts or memory.
+        sites: which tensors are edited: `config_site`, `no_site`, or a study's own choice.
     """
-    opened = opened or Opened()
+    opened, own = opened or Opened(), probes is None
     if data is None:
-        if config.data_path is None and probes is None:
-            raise UserError(NO_EDITS)
-        path = config.data_path if probes is None else None
-        data = opened.requests(path, config.num_edits, config.on_conflict) if path else NO_DATA
+        if config.data_path is None and own:
+            raise UserError("data_path: no edits given; set data_path to a file (JSON, JSONL or CSV)")
+        get = functools.partial(opened.requests, config.data_path, config.num_edits, config.on_conflict)
+        data = get() if own else EditData([], 0, {}, "", "")
     if capability is None:
-        files = config.capability_data if probes is None else ()
-        capability = opened.capability(files) if files else []
+        capability = opened.capability(config.capability_data) if own and config.capability_data else []
     base = base or opened.base(config)
     spec, encoder = base.spec, base.encoder
     chosen = tuple(sites(spec, config))

@@ -34,53 +34,37 @@ class Measured:
 
     def agreement(self) -> float | None:
         """Share of locality probes whose answer did not change."""
-        if not (self.questions and self.before and self.after):
-            return None
-        return agreement(self.questions, self.before, self.after)
+        questions, before, after = self.questions, self.before, self.after
+        return agreement(questions, before, after) if questions and before and after else None
 
 
 def edit_report(
-    model: Model,
-    prepared: Prepared,
-    done: Edited,
-    measured: Measured,
-    seconds: Mapping[str, float | None],
+    model: Model, prepared: Prepared, done: Edited, measured: Measured, seconds: Mapping[str, float | None]
 ) -> dict[str, Any]:
     """The fields of report.json: rates 0-1, None where not measured."""
     config, data, outcome, questions = prepared.config, prepared.data, done.outcome, measured.questions
+    rates = {**measured.rates(measured.after), "locality_agreement": measured.agreement()}
     return {
         "model": config.model_name_or_path or model.folder.name,
         "site": {"tensors": list(prepared.site), "parameters": done.parameters},
-        "method": config.method,
-        "pipeline": config.pipeline,
-        "preserve": describe(config, done.lambdas),
-        "edits": len(data.requests),
-        "duplicates": data.duplicates,
-        "conflicts": len(data.conflicts),
+        "method": config.method, "pipeline": config.pipeline, "preserve": describe(config, done.lambdas),
+        "edits": len(data.requests), "duplicates": data.duplicates, "conflicts": len(data.conflicts),
         "conflicting_prompts": [{"prompt": p, "targets": t} for p, t in data.conflicts.items()],
         "unreachable_targets": sum(unreachable(r.target_new) for r in data.requests),
         "boundary_merges": prepared.corpus.boundary_merges if prepared.corpus else None,
-        "epochs_run": len(outcome.epoch_losses),
-        "steps_run": len(outcome.records),
-        "stopped": outcome.stopped,
-        "epoch_losses": outcome.epoch_losses,
-        "before": measured.rates(measured.before),
-        "after": {**measured.rates(measured.after), "locality_agreement": measured.agreement()},
+        "epochs_run": len(outcome.epoch_losses), "steps_run": len(outcome.records),
+        "stopped": outcome.stopped, "epoch_losses": outcome.epoch_losses,
+        "before": measured.rates(measured.before), "after": rates,
         "probes": counts(questions) if questions else {},
-        "seconds": dict(seconds),
-        "seconds_per_edit": done.seconds / len(data.requests),
+        "seconds": dict(seconds), "seconds_per_edit": done.seconds / len(data.requests),
         "tokens_per_second": sum(r.tokens for r in outcome.records) / done.seconds,
         "devices": [f"{d.platform} {d.device_kind}" for d in model.mesh.devices.flat],
-        "mesh": dict(model.mesh.shape),
-        "dtype": "int8" if model.int8 else str(model.dtype),
-        "activation_cache": done.activation_cache,
-        "evaluation_differs": None,
-        "seed": config.seed,
-        "versions": versions(),
+        "mesh": dict(model.mesh.shape), "dtype": "int8" if model.int8 else str(model.dtype),
+        "activation_cache": done.activation_cache, "evaluation_differs": None,
+        "seed": config.seed, "versions": versions(),
         "config": json.loads(json.dumps(config_to_dict(config))),
-        "data_sha256": data.sha256,
-        "batches": _batches(prepared, measured),
-    }
+        "data_sha256": data.sha256, "batches": _batches(prepared, measured),
+    }  # fmt: skip
 
 
 def delta_metadata(prepared: Prepared, report: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,8 +77,7 @@ def delta_metadata(prepared: Prepared, report: Mapping[str, Any]) -> dict[str, A
 def _batches(prepared: Prepared, measured: Measured) -> list[dict[str, Any]]:
     """Edits that came together (data/streaming.py; a plain run has one batch), and how they do."""
     sizes = Counter(r.batch for r in prepared.data.requests)
-    count = 1 + max(sizes)
-    rates: list[Any] = [{"reliability": None}] * count
+    rates: list[Any] = [{"reliability": None}] * (1 + max(sizes))
     if measured.questions and measured.after:
-        rates = by_batch(measured.questions, measured.after, count)
-    return [{"batch": b, "edits": sizes[b], **rates[b]} for b in range(count)]
+        rates = by_batch(measured.questions, measured.after, len(rates))
+    return [{"batch": b, "edits": sizes[b], **own} for b, own in enumerate(rates)]

@@ -42,8 +42,8 @@ def base_digest(checkpoint: HFFolder, site: Sequence[str]) -> str:
     sha256 = hashlib.sha256(fingerprint(checkpoint.layout, own).encode())
 
     def first_row(name: str) -> bytes:  # a buffer without elements or dimensions has none
-        index = (slice(1), *[slice(None)] * len(checkpoint.tensors[name].shape))
-        return read_part(checkpoint, name, index[: len(checkpoint.tensors[name].shape)]).tobytes()
+        rank = len(checkpoint.tensors[name].shape)
+        return read_part(checkpoint, name, (slice(1), *[slice(None)] * (rank - 1))[:rank]).tobytes()
 
     names = sorted(checkpoint.tensors, key=lambda n: (checkpoint.tensors[n].file, n))
     for row in in_parallel(first_row, names):
@@ -52,12 +52,10 @@ def base_digest(checkpoint: HFFolder, site: Sequence[str]) -> str:
 
 
 def finished(out: Path, run: Mapping[str, Any], store: Remote | None = None) -> bool:
-    """Whether `out`, or `store`, holds this run's results and nothing to go on from. Raises UserError where
-    the results are those of another run."""
-    if store and (store / "report.json").exists():
-        report = json.loads((store / "report.json").read())
-    else:
-        report = read_json(out / "report.json")
+    """Whether `out`, or `store`, holds this run's results and nothing to resume from. Raises UserError where
+    they are those of another run."""
+    kept = store / "report.json" if store else None
+    report = json.loads(kept.read()) if kept and kept.exists() else read_json(out / "report.json")
     if not isinstance(report, dict) or saved_something(out / "checkpoint"):
         return False
     found = {**report.get("config", {}), "data_sha256": report.get("data_sha256")}

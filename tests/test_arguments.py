@@ -8,7 +8,7 @@ import pytest
 
 from locft_jax import __version__
 from locft_jax.cli import main
-from locft_jax.cli.arguments import check_early, new_parser, parse_config, parse_words
+from locft_jax.cli.main import check_early, new_parser, parse_config, parse_words
 from locft_jax.config import KEYS
 from locft_jax.errors import UserError
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from locft_jax.cli.arguments import new_parser, parse_words
+from locft_jax.cli.main import new_parser, parse_words
 from locft_jax.config import load_config
 from locft_jax.errors import UserError
 from locft_jax.evaluation.probes import NEW_TOKENS, Probe
@@ -19,7 +19,6 @@ from locft_jax.evaluation.verify import Prompts, answer
 from locft_jax.io.delta import load_delta
 from locft_jax.io.remote import path_or_url
 from locft_jax.logs import log
-from locft_jax.model.model import Model
 from locft_jax.prepare import Prepared, no_site, prepare
 
 
@@ -30,8 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     prompts = read_prompts(args.rest)
     probes = [Probe(str(i), "ask", prompt, None) for i, prompt in enumerate(prompts)]
     prepared = prepare(config, probes=probes, sites=no_site)
-    if args.delta:
-        prepared = prepared.over(load_delta(args.delta))
+    prepared = prepared.over(load_delta(args.delta)) if args.delta else prepared
     ids = prompt_ids(prepared, args.max_tokens)
     for note in prepared.notes:
         log.warning(note)
@@ -41,14 +39,13 @@ def main(argv: list[str] | None = None) -> None:
         # The base's own tensors as overrides: the same compiled code then serves before and after.
         states = {"before": model.with_overrides(delta.base), "after": model.with_overrides(delta.new)}
     stop, _ = stop_tables(model.tokenizer, model.spec.vocab_size, model.eos)
-    table = Table("prompt")
-    columns = []
+    table, columns = Table("prompt"), [prompts]
     drafts: list[list[int]] = [[] for _ in ids]
     for name, state in states.items():
         table.add_column(name, overflow="fold")
-        texts, drafts = answers(state, Prompts(ids, drafts, args.max_tokens, stop), config.row_length)
-        columns.append(texts)
-    for row in zip(prompts, *columns, strict=True):
+        drafts, _ = answer(state, Prompts(ids, drafts, args.max_tokens, stop), config.row_length)
+        columns.append([*map(cut, model.tokenizer.batch_decode(drafts, skip_special_tokens=True))])
+    for row in zip(*columns, strict=True):
         table.add_row(*map(plain, row))
     Console().print(table)
 
@@ -57,21 +54,18 @@ def read_prompts(given: Sequence[str]) -> list[str]:
     """The prompts of the command line, or the lines of standard input. Raises UserError for none, an empty
     one, or one that is not UTF-8."""
     where, prompts = "prompt", list(given)
-    if not prompts or prompts == ["-"]:
+    if prompts in ([], ["-"]):
         if sys.stdin and sys.stdin.isatty():
             print("prompts, one a line; Ctrl-D ends them:", file=sys.stderr)
-        where = "line"
         text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape") if sys.stdin else ""
-        prompts = [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+        where, prompts = "line", [line.rstrip("\r") for line in text.removesuffix("\n").split("\n") if text]
     if not prompts:
         raise UserError("ask: no prompts; give some as arguments, or on standard input, one a line")
     for number, prompt in enumerate(prompts, 1):
         if not prompt.strip():
             raise UserError(f"ask: {where} {number} is empty; give each prompt some text")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"ask: {where} {number} is not valid UTF-8") from None
+        if any("\ud800" <= c <= "\udfff" for c in prompt):
+            raise UserError(f"ask: {where} {number} is not valid UTF-8")
     return prompts
 
 
@@ -81,17 +75,10 @@ def prompt_ids(prepared: Prepared, new_tokens: int) -> list[list[int]]:
     assert questions is not None
     for probe, ids in zip(questions.probes, questions.prompts, strict=True):
         if len(ids) + new_tokens > limit:
-            raise UserError(
-                f"ask: {len(ids)} tokens in the prompt that begins {probe.prompt[:60]!r} and up to "
-                f"{new_tokens} of its answer; the context holds {limit}: shorten it, or lower --max-tokens"
-            )
+            wrong = f"ask: {len(ids)} tokens in the prompt that begins {probe.prompt[:60]!r} and up to"
+            right = f"the context holds {limit}: shorten it, or lower --max-tokens"
+            raise UserError(f"{wrong} {new_tokens} of its answer; {right}")
     return questions.prompts
-
-
-def answers(model: Model, prompts: Prompts, row_length: int) -> tuple[list[str], list[list[int]]]:
-    """Texts by the official stop rule, and token ids."""
-    tokens, _ = answer(model, prompts, row_length)
-    return [cut(t) for t in model.tokenizer.batch_decode(tokens, skip_special_tokens=True)], tokens
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

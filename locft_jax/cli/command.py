@@ -15,9 +15,8 @@ LESS_MEMORY = "a smaller batch_size or row_length, activation_cache=off or a lar
 
 
 def run_command(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
-    """Exit status of a command: 0 done; 2 the user's input is wrong (one message of at most a screen,
-    no traceback); 1 anything else that can be foreseen (a loss that is not finite, a full disk, a
-    device without memory left, another process that died, Ctrl-C)."""
+    """Exit status of a command: 0 done; 2 wrong input (one message, a screen at most, no traceback); 1 what
+    else can be foreseen (a loss that is not finite, a full disk, a process that died, Ctrl-C)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it is here for tokenizers: no word on torch
     log_to_terminal()
@@ -41,6 +40,7 @@ def run_command(main: Callable[[list[str] | None], None], argv: list[str] | None
 def _status(main: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
     try:
         main(argv)
+        return 0
     except UserError as e:
         return _tell(f"error: {e}", 2, own=not isinstance(e, distributed.Agreed))
     except FloatingPointError as e:
@@ -56,7 +56,6 @@ def _status(main: Callable[[list[str] | None], None], argv: list[str] | None) ->
         return _tell(f"failed: the device has no memory left ({line}); {LESS_MEMORY}", 1, own=True)
     except KeyboardInterrupt as e:
         return _tell(f"interrupted: {str(e) or 'nothing was written'}", 1)
-    return 0
 
 
 def _tell(text: str, status: int, own: bool = False) -> int:

@@ -5,12 +5,13 @@ import argparse
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from locft_jax.cli.arguments import new_parser
+from locft_jax.cli.main import new_parser
 from locft_jax.errors import UserError
 from locft_jax.evaluation.report import plain
 from locft_jax.io import outputs
@@ -40,8 +41,7 @@ def apply(args: argparse.Namespace, edited: bool = False) -> None:
     values = delta.base if edited else delta.new
     cards = readme(checkpoint.path, delta.cards(), revert=edited)
     save_hf(checkpoint, values, open_path(args.out), cards)
-    files = {info.file for info in checkpoint.tensors.values()}
-    touched = {checkpoint.tensors[n].file for n in values}
+    files, touched = ({checkpoint.tensors[n].file for n in names} for names in (checkpoint.tensors, values))
     where = f"in {len(touched)} of {len(files)} weight file(s)"
     print(f"written to {args.out}/: {len(values)} tensor(s) rewritten, {where}")
 
@@ -63,11 +63,9 @@ def merge(args: argparse.Namespace) -> None:
     delta, shared = merge_deltas([load_delta(path) for path in args.deltas])
     _write(args.out, delta)
     if shared:
-        more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
-        log.warning(
-            f"several of these deltas edit {', '.join(shared[:3])}{more}: their changes were added up, which "
-            "may blur both; measure the result with `locft evaluate`"
-        )
+        names = ", ".join(shared[:3]) + (f" and {len(shared) - 3} more" if len(shared) > 3 else "")
+        wrong = f"several of these deltas edit {names}: their changes were added up, which may blur both"
+        log.warning(f"{wrong}; measure the result with `locft evaluate`")
 
 
 def compose(args: argparse.Namespace) -> None:
@@ -84,6 +82,7 @@ def _write(out: str | Path, delta: Delta) -> None:
 
 def show(args: argparse.Namespace) -> None:
     """What deltas edit, and by how much."""
+    console = Console(markup=False, emoji=False, highlight=False)
     deltas = [load_delta(path) for path in args.deltas]
     for path, delta in zip(args.deltas, deltas, strict=True):
         lines = []
@@ -91,7 +90,6 @@ def show(args: argparse.Namespace) -> None:
             for change in changes(delta):
                 lines.append(change)
                 bar.advance(1, change.name)
-        console = Console(markup=False, emoji=False, highlight=False)
         console.print(_table(f"{path}, {size_of(path):,} bytes", lines))
         for key, value in _known(delta.metadata):
             console.print(plain(f"{key:<11} {value}"), soft_wrap=True)
@@ -101,17 +99,17 @@ def _table(title: str, lines: list[Change]) -> Table:
     """A row a tensor; norms are Frobenius norms."""
     table = Table(title=plain(title), title_justify="left", show_footer=len(lines) > 1)
     total, base = (float(np.hypot.reduce([getattr(c, k) for c in lines])) for k in ("norm", "base_norm"))
-    largest = max(c.largest for c in lines)
     left = f"{len(lines) - ROWS} more; " if len(lines) > ROWS else ""
     table.add_column("tensor", f"{left}all {len(lines)}", overflow="fold")
     table.add_column("shape", overflow="fold")
+    largest = max(c.largest for c in lines)
     feet = {"change": f"{total:.3g}", "of base": _share(total, base), "largest": f"{largest:.3g}", "rank": ""}
     for name, footer in feet.items():
         table.add_column(name, footer, justify="right")
     for c in lines[:ROWS]:
         shape, rank = f"{c.dtype} " + "x".join(map(str, c.shape)), "-" if c.rank is None else str(c.rank)
-        figures = f"{c.norm:.3g}", _share(c.norm, c.base_norm), f"{c.largest:.3g}", rank
-        table.add_row(plain(c.name), shape, *figures)
+        share = _share(c.norm, c.base_norm)
+        table.add_row(plain(c.name), shape, f"{c.norm:.3g}", share, f"{c.largest:.3g}", rank)
     return table
 
 
@@ -138,26 +136,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = new_parser("delta", __doc__)
     actions = parser.add_subparsers(required=True, metavar="ACTION")
 
-    def action(run: object, out: str | None) -> argparse.ArgumentParser:
-        own = actions.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)  # type: ignore[attr-defined]
+    def action(run: Any, out: str, *words: str, **options: Any) -> argparse.ArgumentParser:
+        own = actions.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         own.set_defaults(run=run)
         if out:
             own.add_argument("--out", type=path_or_url, required=True, metavar=out, help="what to write")
             own.add_argument("--overwrite", action="store_true", help="replace an existing --out when done")
+        for word in words:
+            own.add_argument(word, **dict({"metavar": word.upper(), "type": path_or_url}, **options))
         return own
 
     for run, what in ((apply, "base model: folder or Hub id"), (revert, "edited model: folder or Hub id")):
-        own = action(run, "DIR")
-        own.add_argument("delta", type=path_or_url, metavar="DELTA")
-        own.add_argument("--model", required=True, help=what)
-    action(show, None).add_argument("deltas", type=path_or_url, nargs="+", metavar="DELTA")
-    own = action(diff, "DELTA")
-    own.add_argument("base", metavar="BASE", help="folder or Hub id")
-    own.add_argument("edited", metavar="EDITED", help="folder or Hub id")
-    action(merge, "DELTA").add_argument("deltas", type=path_or_url, nargs="+", metavar="DELTA")
-    own = action(compose, "DELTA")
-    own.add_argument("first", type=path_or_url, metavar="FIRST")
-    own.add_argument("second", type=path_or_url, metavar="SECOND")
+        action(run, "DIR", "delta").add_argument("--model", required=True, help=what)
+    for run, out in ((show, ""), (merge, "DELTA")):
+        action(run, out, "deltas", nargs="+", metavar="DELTA")
+    action(diff, "DELTA", "base", "edited", type=str, help="folder or Hub id")
+    action(compose, "DELTA", "first", "second")
     args = parser.parse_args(argv)
     if args.run is merge and len(args.deltas) < 2:
         raise UserError("merge: give two deltas or more")

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from locft_jax import api, distributed
-from locft_jax.cli.arguments import new_parser, parse_config
+from locft_jax.cli.main import new_parser, parse_config
 from locft_jax.config import Config, load_config
 from locft_jax.data.requests import read_requests
 from locft_jax.data.streaming import Earlier, extend, read_earlier, streaming_report, to_record
@@ -102,20 +102,18 @@ def look(config: Config, earlier: Earlier | None, start_from: str) -> Prepared:
         return prepare(config)
     data = extend(earlier, read_requests(config.data_path, config.num_edits, config.on_conflict))
     prepared = prepare(config, data=data)
-    if start_from == "base":
-        return prepared
-    return prepared.over(last_delta(earlier.folder, prepared.folder, prepared.site))
+    last = start_from == "last"
+    return prepared.over(last_delta(earlier.folder, prepared.folder, prepared.site)) if last else prepared
 
 
 def write(result: api.EditResult, prepared: Prepared, folder: Path, store: Remote | None) -> None:
     """All results, into the folder that becomes the run's; a model that belongs into a `store` goes there."""
-    begin, config, new, base = time.monotonic(), prepared.config, result.delta.new, prepared.folder
-    if "delta" in config.export:
+    begin, export, new, base = time.monotonic(), prepared.config.export, result.delta.new, prepared.folder
+    if "delta" in export:
         save_delta(result.delta, folder / "delta.safetensors")
-    if "hf" in config.export:
-        files = readme(base.path, result.delta.cards())
-        save_hf(base, new, (store or folder) / "hf", files)
-    if "orbax" in config.export:
+    if "hf" in export:
+        save_hf(base, new, (store or folder) / "hf", readme(base.path, result.delta.cards()))
+    if "orbax" in export:
         orbax_export.save_orbax(base, new, folder / "orbax")
     write_jsonl(folder / "edits.jsonl", map(to_record, prepared.data.requests))
     write_jsonl(folder / "steps.jsonl", result.steps)
@@ -127,10 +125,8 @@ def write(result: api.EditResult, prepared: Prepared, folder: Path, store: Remot
 def keep(checkpointer: Checkpointer, folder: Path, names: Sequence[str]) -> None:
     """Of what was written during the run, which is in the folder that is replaced."""
     checkpointer.close()
-    for name in names:
-        if (checkpointer.folder / name).exists():
-            target = folder / ("checkpoint" if name == "steps" else name)
-            shutil.copytree(checkpointer.folder / name, target)
+    for name in filter(lambda name: (checkpointer.folder / name).exists(), names):
+        shutil.copytree(checkpointer.folder / name, folder / ("checkpoint" if name == "steps" else name))
 
 
 def print_check(prepared: Prepared, console: Console) -> None:
@@ -162,9 +158,9 @@ def print_check(prepared: Prepared, console: Console) -> None:
 
 def int8_note(out: str, config: Config) -> str:
     """What the figures of a run with int8 frozen weights are figures of, and how to measure its result."""
-    model = f"{shlex.quote(config.model_name_or_path)} --delta {shlex.quote(f'{out}/delta.safetensors')}"
-    model = shlex.quote(f"{out}/hf") if "hf" in config.export else model
-    how = f"locft evaluate --model {model} --data {shlex.quote(str(config.data_path))}"
+    model = [config.model_name_or_path, "--delta", f"{out}/delta.safetensors"]
+    model = [f"{out}/hf"] if "hf" in config.export else model
+    how = shlex.join(["locft", "evaluate", "--model", *model, "--data", str(config.data_path)])
     figures = "these figures are of the model with int8 weights, what was written has full precision"
     return f"{figures}; {how} measures that"
 

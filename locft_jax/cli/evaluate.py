@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from locft_jax import api, distributed
-from locft_jax.cli.arguments import new_parser, parse_words
+from locft_jax.cli.main import new_parser, parse_words
 from locft_jax.config import OVERRIDES, load_config
 from locft_jax.errors import UserError
 from locft_jax.evaluation.report import plain
@@ -32,8 +32,7 @@ def carry_out(args: argparse.Namespace) -> None:
     if args.out and first:
         outputs.check_file(args.out, args.overwrite)
     prepared = prepare(config, sites=no_site)
-    if args.delta:
-        prepared = prepared.over(load_delta(args.delta))
+    prepared = prepared.over(load_delta(args.delta)) if args.delta else prepared
     if distributed.several():
         distributed.agree(prepared.identity(), last=True)
     for note in prepared.notes:
@@ -43,8 +42,7 @@ def carry_out(args: argparse.Namespace) -> None:
     report, lines = api.evaluate_prepared(model, prepared, show=True)
     if not first:
         return
-    table = Table(title=plain(f"{args.model}, {report['edits']} edits"), title_justify="left")
-    table.add_column("figure")
+    table = Table("figure", title=plain(f"{args.model}, {report['edits']} edits"), title_justify="left")
     table.add_column("rate", justify="right")
     for key, value in report["figures"].items():
         if value is not None:

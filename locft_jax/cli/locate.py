@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from locft_jax import distributed
-from locft_jax.cli.arguments import new_parser, parse_config, split_words
+from locft_jax.cli.main import new_parser, parse_config, split_words
 from locft_jax.config import Config, load_config
 from locft_jax.editing.checkpointer import open_run
 from locft_jax.errors import UserError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from locft_jax.cli.arguments import new_parser, parse_config
+from locft_jax.cli.main import new_parser, parse_config
 from locft_jax.config import load_config
 from locft_jax.logs import log
 from locft_jax.studies.plan.fit import as_report, plan, print_plan, smallest

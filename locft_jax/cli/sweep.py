@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from locft_jax import api, distributed
-from locft_jax.cli.arguments import new_parser, parse_config
+from locft_jax.cli.main import new_parser, parse_config
 from locft_jax.data.records import digest
 from locft_jax.editing.trainer import NonFiniteLoss
 from locft_jax.errors import UserError

@@ -2,6 +2,7 @@
 
 import os
 import re
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,7 @@ ANSWER_FORMAT = re.compile(r"Answer format:[ \t]*(\S.*?)\s*\Z")
 
 @dataclass(frozen=True, slots=True)
 class CapabilityItem:
-    """A question about something else. With `choices` (then `answer` is one of them) it is scored
-    by log-likelihood, without by generation."""
+    """A question about something else, scored by likelihood where it has `choices`, else by generation."""
 
     task: str
     prompt: str
@@ -33,20 +33,19 @@ def read_capability(paths: str | Sequence[str]) -> list[CapabilityItem]:
     train/validation/test files the folder's name. Raises UserError for input that cannot be used.
     """
     items: list[CapabilityItem] = []
-    for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
-        source, before = os.fspath(path), len(items)
+    for source in map(os.fspath, [paths] if isinstance(paths, str | os.PathLike) else paths):
         task = _task_name(source)
-        items.extend(_capability_item(record, task) for record in open_records(source)[1])
-        if len(items) == before:
+        found = [_capability_item(record, task) for record in open_records(source)[1]]
+        if not found:
             raise UserError(f"{source}: no records; an item needs a prompt and an answer")
+        items += found
     return items
 
 
 def _task_name(source: str) -> str:
     name = re.sub(r"(\.(jsonl?|csv))?(\.gz)?$|:[^:]*$", "", os.path.basename(source))
-    if name in ("train", "validation", "valid", "dev", "test"):
-        return Path(source).absolute().parent.name or name
-    return name
+    folder = Path(source).absolute().parent.name
+    return folder or name if name in ("train", "validation", "valid", "dev", "test") else name
 
 
 def _capability_item(record: Record, task: str) -> CapabilityItem:
@@ -61,16 +60,15 @@ def _capability_item(record: Record, task: str) -> CapabilityItem:
     choices: tuple[str, ...] = ()
     answer = as_text(required(fields, ("answer",), "answer", where)[1], where, "answer")
     if name == "instruction":
-        listed = ANSWER_FORMAT.search(prompt)
-        if listed and "/" in listed[1]:
+        if (listed := ANSWER_FORMAT.search(prompt)) and "/" in listed[1]:
             choices = tuple(c.strip() for c in listed[1].split("/"))
         if not absent(fields.get("input")):
             prompt += "\n" + as_text(fields["input"], where, "input")
         if not choices:  # GSM8K's gold numbers come as 576.0, which no model writes
             answer = re.sub(r"\A(-?\d+)\.0+\Z", r"\1", answer)
         elif answer not in choices:
-            right = show("/".join(choices))
-            raise UserError(f"{where}: 'answer' is {show(answer)}; it must be one of {right}")
+            right = f"it must be one of {show('/'.join(choices))}"
+            raise UserError(f"{where}: 'answer' is {show(answer)}; {right}")
     return CapabilityItem(task, prompt, answer, choices)
 
 
@@ -91,9 +89,9 @@ def _choice_item(fields: dict[str, Any], task: str, where: str) -> CapabilityIte
     if labels is not None:
         if not isinstance(labels, list) or len(labels) != len(choices):
             raise UserError(f"{where}: 'choices' must have one label for each text")
-        names = [[str(label) for label in labels], choices]
+        names = [[*map(str, labels)], choices]
     else:
-        letters = [chr(ord("A") + i) for i in range(min(len(choices), 26))]
+        letters = [*string.ascii_uppercase[: len(choices)]]
         # A bare number among choices that are text is an index, not one of them.
         texts = choices if isinstance(answer, str) or answer in texts else []
         names = [letters, texts] if key == "answerKey" else [texts, letters]

@@ -1,6 +1,5 @@
 """Raw records from any file (.json, .jsonl, .csv, each also .gz) or Hub set, and their values. What cannot be
-used is an error that names the file, the line or record (counted from 1), the field, and what would be
-right."""
+used is an error that names the file, the line or record (from 1), the field, and what would be right."""
 
 import csv
 import gzip
@@ -13,7 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple, NoReturn
 
-from locft_jax.errors import UserError
+from locft_jax.errors import UserError, cause
 from locft_jax.io.remote import is_url, open_file
 
 # A record's prompt, in order of preference; the first one that is present and not null counts.
@@ -36,7 +35,7 @@ def open_records(source: str) -> tuple[str, Iterator[Record]]:
     """(sha256, the records one by one) of a file, here or at a URL, or a Hub set (`owner/name[:split]`). The
     hash is of the file's bytes, or `digest` of a Hub set. Raises UserError, also while iterating."""
     readers = {".json": _json_records, ".jsonl": _jsonl_records, ".csv": _csv_records}
-    kind = os.path.splitext(source.lower().removesuffix(".gz"))[1]
+    kind, hub = os.path.splitext(source.lower().removesuffix(".gz"))[1], HUB_ID.fullmatch(source)
     if is_url(source) or os.path.isfile(source):
         if kind not in readers:
             kinds = ", ".join(readers)
@@ -49,7 +48,6 @@ def open_records(source: str) -> tuple[str, Iterator[Record]]:
         return sha256, _file_records(source, readers[kind])
     if os.path.isdir(source):
         raise UserError(f"{source} is a folder; name the data file in it")
-    hub = HUB_ID.fullmatch(source)
     if not hub or kind in readers:
         raise UserError(f"{source}: no such file, and not a Hub data set's id (owner/name)")
     return _hub_records(source, hub[1], hub[2])
@@ -58,8 +56,7 @@ def open_records(source: str) -> tuple[str, Iterator[Record]]:
 def _file_records(path: str, reader: Any) -> Iterator[Record]:
     try:
         with open_file(path) as raw:
-            zipped = path.lower().endswith(".gz")
-            yield from reader(gzip.GzipFile(fileobj=raw) if zipped else raw, path)
+            yield from reader(gzip.GzipFile(fileobj=raw) if path.lower().endswith(".gz") else raw, path)
     except EOFError:
         raise UserError(f"{path}: the gzip file is truncated; fetch or make it again") from None
     except (gzip.BadGzipFile, zlib.error) as error:
@@ -75,15 +72,14 @@ def _json_records(file: IO[bytes], path: str) -> Iterator[Record]:
         raise UserError(f"{path} is empty; it must hold a list of records")
     value = _parse_json(text, path)
     if isinstance(value, dict):
-        strings = any(isinstance(value.get(n), str) for n in (*PROMPT, "instruction"))
-        if strings or "requested_rewrite" in value:
-            value = [value]
-        else:
-            lists = [v for v in value.values() if isinstance(v, list)]
-            if len(lists) != 1:
-                right = "it must be a list of records, or an object with exactly one list"
-                raise UserError(f"{path}: the top level is an object with {len(lists)} lists; {right}")
-            value = lists[0]
+        lists = [v for v in value.values() if isinstance(v, list)]
+        texts = any(isinstance(value.get(n), str) for n in (*PROMPT, "instruction"))
+        if texts or "requested_rewrite" in value:
+            lists = [[value]]
+        if len(lists) != 1:
+            right = "it must be a list of records, or an object with exactly one list"
+            raise UserError(f"{path}: the top level is an object with {len(lists)} lists; {right}")
+        value = lists[0]
     if not isinstance(value, list):
         wrong_type(path, "the top level", value, "a list of records")
     for number, record in enumerate(value, 1):
@@ -94,8 +90,7 @@ def _jsonl_records(file: IO[bytes], path: str) -> Iterator[Record]:
     """One JSON object a line; blank lines are skipped."""
     for number, raw in enumerate(file, 1):
         where = f"{path}: line {number}"
-        text = _decode(raw, where).rstrip()  # else an error at its end would be on the next line
-        if text:
+        if text := _decode(raw, where).rstrip():  # else an error at its end would be on the next line
             yield Record(where, _parse_json(text, where, "each line must be one JSON object"))
 
 
@@ -109,8 +104,7 @@ def _csv_records(file: IO[bytes], path: str) -> Iterator[Record]:
             where = f"{path}: line {rows.line_num}"
             if not header:
                 header = [name.strip() for name in row]
-                known = set(header) & {*PROMPT, "instruction"}
-                if not known or len(set(header)) < len(header):
+                if not {*header} & {*PROMPT, "instruction"} or len({*header}) < len(header):
                     right = "the first line must name the columns, each once, such as prompt,target_new"
                     raise UserError(f"{where}: the header is {show(','.join(header))}; {right}")
             elif len(row) > len(header):
@@ -132,9 +126,8 @@ def _hub_records(source: str, name: str, split: str | None) -> tuple[str, Iterat
         records = list(data)
         sha256 = digest(records)
     except Exception as error:  # whatever the network, the Hub or its formats come up with
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         wrong = "no such file here, and could not be loaded from the Hub either"
-        raise UserError(f"{source}: {wrong} ({reason})") from None
+        raise UserError(f"{source}: {wrong} ({cause(error, 500)})") from None
     return sha256, (Record(f"{source}: record {n}", record) for n, record in enumerate(records, 1))
 
 
@@ -147,8 +140,7 @@ def digest(records: Iterable[Any]) -> str:
 
 
 def plain(value: Any, where: str, depth: int = 0) -> Any:
-    """A Python record with the types that JSON gives: mappings are dicts, tuples are lists. Raises UserError
-    for what JSON could not hold: endless nesting, numbers of thousands of digits."""
+    """A Python record with JSON's types: dicts and lists. Raises UserError for what JSON could not hold."""
     if depth > 50:
         raise UserError(f"{where}: nested too deeply; a record is flat, or nearly so")
     if isinstance(value, int) and value.bit_length() > 10_000:
@@ -170,16 +162,13 @@ def _parse_json(text: str, where: str, right: str = "") -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        if not right:
-            where = f"{where}: line {error.lineno}"
-            if error.msg == "Extra data":
-                hint = "; a file with one object a line must be called .jsonl"
-        where = f"{where}, column {error.colno}"
-        raise UserError(f"{where}: not valid JSON: {error.msg}{hint}") from None
-    except RecursionError:
-        raise UserError(f"{where}: not usable JSON: nested too deeply{hint}") from None
-    except ValueError:  # Python refuses integers of thousands of digits
-        raise UserError(f"{where}: not usable JSON: a number with too many digits{hint}") from None
+        if not right and error.msg == "Extra data":
+            hint = "; a file with one object a line must be called .jsonl"
+        at = f"{'' if right else f': line {error.lineno}'}, column {error.colno}"
+        raise UserError(f"{where}{at}: not valid JSON: {error.msg}{hint}") from None
+    except (RecursionError, ValueError) as error:  # Python refuses integers of thousands of digits
+        wrong = "nested too deeply" if isinstance(error, RecursionError) else "a number with too many digits"
+        raise UserError(f"{where}: not usable JSON: {wrong}{hint}") from None
 
 
 def absent(value: Any) -> bool:
@@ -191,18 +180,18 @@ def absent(value: Any) -> bool:
 
 def as_text(value: Any, where: str, field: str, numbers: bool = True) -> str:
     """`value` as text that is not blank and can be encoded; a number (if allowed) as written."""
-    if isinstance(value, str):
-        if not value or value.isspace():
-            raise UserError(f"{where}: {field!r} is empty; it must hold text")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            wrong = f"holds half a surrogate pair ({show(value)}); it must be text that UTF-8 can encode"
-            raise UserError(f"{where}: {field!r} {wrong}") from None
-        return value
     if numbers and type(value) in (int, float) and (type(value) is int or math.isfinite(value)):
         return str(value)
-    wrong_type(where, repr(field), value, "text or a finite number" if numbers else "text")
+    if not isinstance(value, str):
+        wrong_type(where, repr(field), value, "text or a finite number" if numbers else "text")
+    if absent(value):
+        raise UserError(f"{where}: {field!r} is empty; it must hold text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        wrong = f"{where}: {field!r} holds half a surrogate pair ({show(value)})"
+        raise UserError(f"{wrong}; it must be text that UTF-8 can encode") from None
+    return value
 
 
 def as_strings(value: Any, where: str, field: str) -> list[str]:
@@ -221,26 +210,19 @@ def alias(value: Any, where: str, field: str) -> str | None:
     return None if absent(value) else as_text(value, where, field)
 
 
-def _first(fields: dict[str, Any], names: Sequence[str]) -> tuple[str, Any]:
+def required(fields: dict[str, Any], names: Sequence[str], what: str, where: str) -> tuple[str, Any]:
+    """(name, value) of the first of these fields that is there. Raises UserError where none is."""
     for name in names:
         if fields.get(name) is not None:
             return name, fields[name]
-    return "", None
-
-
-def required(fields: dict[str, Any], names: Sequence[str], what: str, where: str) -> tuple[str, Any]:
-    """(name, value) of the first of these fields that is there. Raises UserError where none is."""
-    name, value = _first(fields, names)
-    if value is None:
-        found = ", ".join(show(n) for n in list(fields)[:12]) or "none"
-        raise UserError(f"{where}: no {what}: the fields are {found}; it must be called {' or '.join(names)}")
-    return name, value
+    found = ", ".join(show(n) for n in list(fields)[:12]) or "none"
+    raise UserError(f"{where}: no {what}: the fields are {found}; it must be called {' or '.join(names)}")
 
 
 def optional(fields: dict[str, Any], names: Sequence[str], where: str) -> str | None:
     """The text of the first of these fields that is there."""
-    name, value = _first(fields, names)
-    return alias(value, where, name)
+    name = next((n for n in names if fields.get(n) is not None), "")
+    return alias(fields.get(name), where, name)
 
 
 def show(value: Any) -> str:

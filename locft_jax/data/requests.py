@@ -1,9 +1,7 @@
 """Edit requests from a file, a Hub set, or records in memory.
 
-A record's layout is detected from its fields: the tables below list the spellings in use, and small handlers
-read what is nested. Unknown fields are ignored. A record that cannot be used is an error that names the file,
-the line or record (counted from 1), the field, and what would be right.
-"""
+A record's layout is detected from its fields: the tables below list the spellings in use, and small functions
+read what is nested. Unknown fields are ignored."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,21 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from locft_jax.config import Config
-from locft_jax.data.records import (
-    PROMPT,
-    Record,
-    absent,
-    alias,
-    as_strings,
-    as_text,
-    digest,
-    open_records,
-    optional,
-    plain,
-    required,
-    show,
-    wrong_type,
-)
+from locft_jax.data import records as rec
+from locft_jax.data.records import PROMPT, Record, absent, as_strings, as_text, optional, required
 from locft_jax.errors import UserError
 
 Probe = tuple[str, str | None]  # a prompt and its known answer, None where nobody wrote one down
@@ -39,11 +24,9 @@ GROUND_TRUTH = ("ground_truth", "target_true", "answers")
 REPHRASE = ("rephrase_prompt", "rephrase_prompts", "rephrase", "rephrases", "paraphrase_prompts")
 LOCALITY = (("locality_prompt", "locality_ground_truth"), ("loc", "loc_ans"))
 LOCALITY_NESTED = ("locality", "locality_probes")
-PORTABILITY = (
-    ("portability_prompt", "portability_ground_truth"),
-    ("mhop", "mhop_ans"),  # WikiBigEdit's multi-hop question
-    ("questions", "new_answer"),  # MQuAKE's multi-hop questions, one answer for all of them
-)
+PORTABILITY = (("portability_prompt", "portability_ground_truth"),
+               ("mhop", "mhop_ans"),  # WikiBigEdit's multi-hop question
+               ("questions", "new_answer"))  # MQuAKE's multi-hop questions, one answer for all of them
 PORTABILITY_NESTED = ("portability", "portability_probes")
 PROBE_PROMPT = ("prompt", "question", "loc", "New Question")
 PROBE_ANSWER = ("ground_truth", "answer", "loc_ans", "New Answer")
@@ -66,14 +49,13 @@ class EditRequest:
 
 @dataclass(frozen=True)
 class EditData:
-    """What `read_requests` found. `sha256` is of the file's bytes, or of a Hub set's records as
-    canonical JSON."""
+    """What `read_requests` found."""
 
     requests: list[EditRequest]
     duplicates: int  # records with the same prompt and target as an earlier one: dropped
     conflicts: dict[str, list[str]]  # prompts with several targets, and these in order
     source: str
-    sha256: str
+    sha256: str  # of the file's bytes, or of a Hub set's records as canonical JSON
 
 
 def read_requests(path_or_id: str, num_edits: int | None = None, on_conflict: str = "keep") -> EditData:
@@ -87,46 +69,36 @@ def read_requests(path_or_id: str, num_edits: int | None = None, on_conflict: st
     them is parsed. `on_conflict`, for prompts with several targets: "keep" all, keep the "last" target only,
     or "error". Raises UserError for input that cannot be used.
     """
-    Config(num_edits=num_edits, on_conflict=on_conflict)  # these must be valid
-    source = os.fspath(path_or_id)
-    sha256, records = open_records(source)
-    parsed = (r for i, record in enumerate(records) for r in _requests(record, i))
-    return _edit_data(parsed, num_edits, on_conflict, source, sha256)
+    config, source = Config(num_edits=num_edits, on_conflict=on_conflict), os.fspath(path_or_id)
+    sha256, records = rec.open_records(source)
+    return _edit_data(records, config, source, sha256)
 
 
 def requests_from_records(
     records: Iterable[Mapping[str, Any] | EditRequest],
-    num_edits: int | None = None,
-    on_conflict: str = "keep",
-) -> EditData:
-    """`read_requests` for records that are in memory: the same layouts and rules.
-
-    An `EditRequest` is taken as it is. `source` is "records", `sha256` of all records as canonical
-    JSON. Raises UserError for a record that cannot be used; it names `record N`, counted from 1.
-    """
-    Config(num_edits=num_edits, on_conflict=on_conflict)  # these must be valid
+    num_edits: int | None = None, on_conflict: str = "keep",
+) -> EditData:  # fmt: skip
+    """`read_requests` for records in memory: the same layouts and rules. An `EditRequest` is taken as it is;
+    `sha256` is of all records as canonical JSON. Raises UserError, which names `record N`, from 1."""
+    config = Config(num_edits=num_edits, on_conflict=on_conflict)
     if isinstance(records, Mapping | str):
-        wrong_type("records", "the argument", records, "a list of records")
-    values = [plain(record, f"record {n}") for n, record in enumerate(records, 1)]
-    sha256 = digest(asdict(v) if isinstance(v, EditRequest) else v for v in values)
-    items = [Record(f"record {n}", value) for n, value in enumerate(values, 1)]
-    parsed = (r for i, record in enumerate(items) for r in _requests(record, i))
-    return _edit_data(parsed, num_edits, on_conflict, "records", sha256)
+        rec.wrong_type("records", "the argument", records, "a list of records")
+    items = [Record(where := f"record {n}", rec.plain(record, where)) for n, record in enumerate(records, 1)]
+    sha256 = rec.digest(asdict(v) if isinstance(v, EditRequest) else v for _, v in items)
+    return _edit_data(items, config, "records", sha256)
 
 
-def _edit_data(
-    parsed: Iterable[EditRequest], num_edits: int | None, on_conflict: str, source: str, sha256: str
-) -> EditData:
-    requests, duplicates, conflicts = _collect(parsed, num_edits, on_conflict == "last")
+def _edit_data(records: Iterable[Record], config: Config, source: str, sha256: str) -> EditData:
+    parsed = (r for i, record in enumerate(records) for r in _requests(record, i))
+    requests, duplicates, conflicts = _collect(parsed, config.num_edits, config.on_conflict == "last")
     if not requests:
         raise UserError(f"{source}: no records; an edit needs a prompt and a target_new")
-    if conflicts and on_conflict == "error":
+    if conflicts and config.on_conflict == "error":
         few = lambda items, n: [*items[:n], *["..."] * (len(items) > n)]  # noqa: E731
-        lines = [f"{show(p)} -> {', '.join(few([*map(show, t)], 3))}" for p, t in conflicts.items()]
-        raise UserError(
-            f"{source}: prompts with several targets, which cannot all be met ({len(conflicts)}): "
-            f"{'; '.join(few(lines, 5))}. Leave one of each, or set on_conflict to keep or last"
-        )
+        lines = [f"{rec.show(p)} -> {', '.join(few([*map(rec.show, t)], 3))}" for p, t in conflicts.items()]
+        wrong = f"{source}: prompts with several targets, which cannot all be met ({len(conflicts)})"
+        remedy = "leave one of each, or set on_conflict to keep or last"
+        raise UserError(f"{wrong}: {'; '.join(few(lines, 5))}; {remedy}")
     return EditData(requests, duplicates, conflicts, source, sha256)
 
 
@@ -135,10 +107,10 @@ def _collect(
 ) -> tuple[list[EditRequest], int, dict[str, list[str]]]:
     """Drop exact duplicates and find conflicts: (requests, duplicates, {prompt: its targets})."""
     requests: list[EditRequest] = []
-    duplicates = 0
     conflicts: dict[str, list[str]] = {}
     index: dict[str, int] = {}  # prompt -> its first request
     seen: set[tuple[str, str]] = set()
+    duplicates = 0
     for request in parsed:
         prompt, target = request.prompt.strip(), request.target_new.strip()
         duplicate = (prompt, target) in seen
@@ -164,15 +136,13 @@ def _requests(record: Record, index: int) -> list[EditRequest]:
     """The requests of one record: one, or one a rewrite of a multi-hop case."""
     where, value = record
     if isinstance(value, EditRequest):
-        as_text(value.prompt, where, "prompt", numbers=False)
-        as_text(value.target_new, where, "target_new", numbers=False)
+        for field in ("prompt", "target_new"):
+            as_text(getattr(value, field), where, field, numbers=False)
         return [value]
     if not isinstance(value, dict):
-        wrong_type(where, "the record", value, 'an object like {"prompt": ..., "target_new": ...}')
-    case = optional(value, CASE, where) or str(index)
-    flat = _flatten(value, where)
-    several = len(flat) > 1
-    return [_request(f"{case}-{k}" if several else case, f, where) for k, f in enumerate(flat)]
+        rec.wrong_type(where, "the record", value, 'an object like {"prompt": ..., "target_new": ...}')
+    case, flat = optional(value, CASE, where) or str(index), _flatten(value, where)
+    return [_request(f"{case}-{k}" if len(flat) > 1 else case, f, where) for k, f in enumerate(flat)]
 
 
 def _request(case: str, fields: dict[str, Any], where: str) -> EditRequest:
@@ -183,15 +153,14 @@ def _request(case: str, fields: dict[str, Any], where: str) -> EditRequest:
     truth = optional(fields, GROUND_TRUTH, where)
     rephrases = [p for n in REPHRASE if n in fields for p in as_strings(fields[n], where, n)]
     locality = _probes(fields, LOCALITY, LOCALITY_NESTED, where)
-    if "neighborhood_prompts" in fields:  # other subjects with the same true answer
-        near = as_strings(fields["neighborhood_prompts"], where, "neighborhood_prompts")
-        locality += [(p, truth) for p in near]
     portability = _probes(fields, PORTABILITY, PORTABILITY_NESTED, where)
-    if "personas" in fields:  # WikiBigEdit: the same question in somebody else's voice
-        portability += [(p, target) for p in as_strings(fields["personas"], where, "personas")]
+    # Other subjects with the same true answer; WikiBigEdit: the same question in somebody else's voice.
+    for name, probes, known in (("neighborhood_prompts", locality, truth), ("personas", portability, target)):
+        probes += [(p, known) for p in as_strings(fields.get(name), where, name)]
     subject, rephrases = optional(fields, SUBJECT, where), list(dict.fromkeys(rephrases))
-    probes = tuple(rephrases), tuple(locality), tuple(portability)
-    return EditRequest(case, prompt, target, subject, truth, *probes)
+    return EditRequest(
+        case, prompt, target, subject, truth, tuple(rephrases), tuple(locality), tuple(portability)
+    )
 
 
 def _flatten(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
@@ -201,32 +170,28 @@ def _flatten(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
     rewrites = record.get("requested_rewrite")
     if rewrites is None:
         return [_fill(record, where)] if isinstance(record.get("target_new"), dict) else [record]
-    rewrites = rewrites if isinstance(rewrites, list) else [rewrites]
-    if not rewrites:
+    if rewrites == []:
         raise UserError(f"{where}: 'requested_rewrite' is empty; it must hold at least one rewrite")
-    flat = []
-    for rewrite in rewrites:
-        if not isinstance(rewrite, dict):
-            wrong_type(where, "'requested_rewrite'", rewrite, "an object or a list of objects")
-        fields = _fill(rewrite, where)
+    flat = [_fill(r, where) for r in (rewrites if isinstance(rewrites, list) else [rewrites])]
+    for fields in flat:
         if fields.get("prompt") is not None and "question" in fields:
             fields["rephrases"] = fields.pop("question")  # MQuAKE: the same fact, asked for
-        flat.append(fields)
     # A case's probes hold once all of its rewrites are made, so they go with the last one.
     own = {"requested_rewrite", *PROMPT, *TARGET}
     flat[-1] = {k: v for k, v in record.items() if k not in own} | flat[-1]
     return flat
 
 
-def _fill(rewrite: dict[str, Any], where: str) -> dict[str, Any]:
+def _fill(rewrite: Any, where: str) -> dict[str, Any]:
     """A rewrite with its subject in the prompt's {} and its target as text."""
+    if not isinstance(rewrite, dict):
+        rec.wrong_type(where, "'requested_rewrite'", rewrite, "an object or a list of objects")
     prompt, target = rewrite.get("prompt"), rewrite.get("target_new")
     if isinstance(prompt, str) and "{}" in prompt:
         if rewrite.get("subject") is None:
             raise UserError(f"{where}: the prompt has a {{}} but no 'subject' to stand there")
         prompt = prompt.replace("{}", as_text(rewrite["subject"], where, "subject"))
-    if isinstance(target, dict):
-        target = target.get("str", target)
+    target = target.get("str", target) if isinstance(target, dict) else target
     return {**rewrite, "prompt": prompt, "target_new": target}
 
 
@@ -246,16 +211,13 @@ def _pairs(fields: dict[str, Any], names: tuple[str, str], where: str) -> list[P
         prompts, answers = [prompts], [answers]
     elif not isinstance(answers, list):
         answers = [answers] * len(prompts)  # one answer for all prompts
-    elif len(answers) != len(prompts):
-        if len(prompts) != 1:
-            counts = f"{names[0]!r} has {len(prompts)} prompts and {names[1]!r} has {len(answers)} answers"
-            raise UserError(f"{where}: {counts}; there must be one for each")
+    elif len(prompts) == 1 != len(answers):
         answers = [answers]  # several names of one answer
-    return [
-        (as_text(p, where, names[0], numbers=False), alias(a, where, names[1]))
-        for p, a in zip(prompts, answers, strict=True)
-        if not absent(p)
-    ]
+    elif len(answers) != len(prompts):
+        counts = f"{names[0]!r} has {len(prompts)} prompts and {names[1]!r} has {len(answers)} answers"
+        raise UserError(f"{where}: {counts}; there must be one for each")
+    pairs = [(p, a) for p, a in zip(prompts, answers, strict=True) if not absent(p)]
+    return [(as_text(p, where, names[0], numbers=False), rec.alias(a, where, names[1])) for p, a in pairs]
 
 
 def _nested(value: Any, where: str, field: str, depth: int = 0) -> list[Probe]:
@@ -269,7 +231,7 @@ def _nested(value: Any, where: str, field: str, depth: int = 0) -> list[Probe]:
     if isinstance(value, list):
         return [p for v in value for p in _nested(v, where, field, depth + 1)]
     if not isinstance(value, dict):
-        wrong_type(where, repr(field), value, "a list of objects with 'prompt' and 'ground_truth'")
+        rec.wrong_type(where, repr(field), value, "a list of objects with 'prompt' and 'ground_truth'")
     prompt = next((n for n in PROBE_PROMPT if n in value), None)
     if prompt is None:
         # Strings directly below a group's name could be anything: two levels make them an error.

@@ -12,7 +12,7 @@ from typing import Any
 from locft_jax.config import canonical
 from locft_jax.data.records import open_records
 from locft_jax.data.requests import EditData, EditRequest, requests_from_records
-from locft_jax.errors import UserError
+from locft_jax.errors import UserError, cause
 from locft_jax.io.remote import open_file
 
 
@@ -21,10 +21,7 @@ def to_record(request: EditRequest) -> dict[str, Any]:
     pairs = lambda probes: [{"prompt": p, "ground_truth": a} for p, a in probes]  # noqa: E731
     return {
         "case_id": request.case,
-        "prompt": request.prompt,
-        "target_new": request.target_new,
-        "subject": request.subject,
-        "ground_truth": request.ground_truth,
+        **{name: getattr(request, name) for name in ("prompt", "target_new", "subject", "ground_truth")},
         "rephrase_prompts": list(request.rephrases),
         "locality_probes": pairs(request.locality),
         "portability_probes": pairs(request.portability),
@@ -43,49 +40,44 @@ class Earlier:
     @property
     def settings(self) -> dict[str, Any]:
         """The run's settings, for a run that adds to it: not its data, and not its place."""
-        own = ("data_path", "num_edits", "output_dir")
         settings = canonical(self.report["config"], f"{self.folder}/report.json")  # version 0.1 wrote aliases
-        return {k: v for k, v in settings.items() if k not in own}
+        return {k: v for k, v in settings.items() if k not in ("data_path", "num_edits", "output_dir")}
 
     @property
     def curve(self) -> list[list[float | None]]:
         """Reliability of every batch after each run so far: curve[run][batch]."""
-        streaming = self.report.get("streaming")
-        if streaming is None:
-            return [[self.report["after"]["reliability"]]]
+        streaming = self.report.get("streaming") or {"curve": [[self.report["after"]["reliability"]]]}
         return [list(row) for row in streaming["curve"]]
 
 
 def read_earlier(folder: str | Path) -> Earlier:
-    """The requests and the report of a finished run in a folder or at a URL. Raises UserError when there is
-    none."""
+    """The requests and the report of a finished run, here or at a URL. Raises UserError if there is none."""
     try:
         with open_file(f"{folder}/report.json") as file:
             report = json.loads(file.read())
         report["after"]["reliability"], report["config"]["seed"]
-        source = f"{folder}/edits.jsonl"
-        records = [record.value for record in open_records(source)[1]]
+        records = [record.value for record in open_records(f"{folder}/edits.jsonl")[1]]
         batches = [int(record["batch"]) for record in records]
     except (OSError, ValueError, KeyError, TypeError) as e:
         wrong = f"--continue-from: {folder} holds no finished run (it needs report.json and edits.jsonl)"
-        raise UserError(f"{wrong}: {type(e).__name__} {e}") from None
+        raise UserError(f"{wrong}: {cause(e)}") from None
     requests = requests_from_records(records).requests
     if len(requests) != len(records) or min(batches, default=-1) < 0:
-        raise UserError(f"--continue-from: {source} was changed: it must be as the run left it")
+        raise UserError(f"--continue-from: {folder}/edits.jsonl was changed: it must be as the run left it")
     requests = [dataclasses.replace(r, batch=b) for r, b in zip(requests, batches, strict=True)]
     return Earlier(folder, requests, report)
 
 
 def extend(earlier: Earlier, new: EditData) -> EditData:
-    """All requests, earlier ones first. A new one supersedes an earlier one with the same prompt and
-    another target; new ones that were made already are duplicates. Raises UserError if none is new."""
+    """All requests, earlier ones first. A new one supersedes one with the same prompt and another target; one
+    that was made already is a duplicate. Raises UserError if none is new."""
     said = lambda r: (r.prompt.strip(), r.target_new.strip())  # noqa: E731
     batch = 1 + max(r.batch for r in earlier.requests)
     made = {said(r) for r in earlier.requests}
     fresh = [dataclasses.replace(r, batch=batch) for r in new.requests if said(r) not in made]
     if not fresh:
-        wrong = f"all {len(new.requests)} edits of {new.source} are in {earlier.folder} already"
-        raise UserError(f"data_path: {wrong}; give new ones")
+        wrong = f"data_path: all {len(new.requests)} edits of {new.source} are in {earlier.folder} already"
+        raise UserError(f"{wrong}; give new ones")
     prompts = {said(r)[0] for r in fresh}
     kept = [r for r in earlier.requests if said(r)[0] not in prompts]
     digest = hashlib.sha256(new.sha256.encode())
@@ -96,15 +88,13 @@ def extend(earlier: Earlier, new: EditData) -> EditData:
 
 
 def streaming_report(earlier: Earlier, batches: Sequence[Mapping[str, Any]], start: str) -> dict[str, Any]:
-    """What became of the earlier edits: report.json's `streaming`. `batches`: the report's own, with
-    rates 0-1 after this run."""
-    sizes = [int(b["edits"]) for b in batches]
-    old = sum(sizes[:-1])
+    """report.json's `streaming`: what became of the earlier edits. `batches`: the report's own."""
+    *sizes, new = (int(b["edits"]) for b in batches)
     return {
         "continued_from": str(earlier.folder),
         "start_from": start,
-        "earlier_edits": old,
-        "new_edits": sizes[-1],
-        "superseded": len(earlier.requests) - old,
+        "earlier_edits": sum(sizes),
+        "new_edits": new,
+        "superseded": len(earlier.requests) - sum(sizes),
         "curve": [*earlier.curve, [b["reliability"] for b in batches]],
     }

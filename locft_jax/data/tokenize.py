@@ -7,20 +7,18 @@ from typing import Any
 import numpy as np
 
 from locft_jax.data.packing import Corpus, corpus_from_lists
-from locft_jax.errors import UserError, is_panic
+from locft_jax.errors import UserError, cause, is_panic
 
 
 class TextEncoder:
-    """A tokenizer that remembers: a text that prompts, probes and checks share is tokenized once. The lists
-    that it gives are its own and must not be changed."""
+    """A tokenizer that tokenizes every text once. Its lists are its own and must not be changed."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._known: dict[bool, dict[str, list[int]]] = {True: {}, False: {}}
 
     def ids(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
-        """Token ids of each text, with the tokenizer's special tokens or without. Raises UserError where the
-        tokenizer fails."""
+        """Ids of each text, with `special` tokens or without. Raises UserError where the tokenizer fails."""
         known = self._known[special]
         if unseen := [text for text in dict.fromkeys(texts) if text not in known]:
             options = {} if special else {"add_special_tokens": False}
@@ -29,9 +27,8 @@ class TextEncoder:
             except BaseException as e:  # a damaged tokenizer.json may fail at some texts only, and in any way
                 if isinstance(e, MemoryError) or not (isinstance(e, Exception) or is_panic(e)):
                     raise
-                reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-                remedy = "fetch the tokenizer's files again"
-                raise UserError(f"model: its tokenizer fails ({reason}); {remedy}") from None
+                wrong = f"model: its tokenizer fails ({cause(e)})"
+                raise UserError(f"{wrong}; fetch the tokenizer's files again") from None
             known.update(zip(unseen, found, strict=True))
         return [known[text] for text in texts]
 
@@ -49,23 +46,19 @@ def as_encoder(tokenizer: Any) -> TextEncoder:
 
 
 def prompt_ids(tokenizer: Any, prompts: Sequence[str], chat_template: bool = False) -> list[list[int]]:
-    """Prompts -> ids as the tokenizer makes them by default (BOS where it adds one), without special
-    tokens that would close them; with `chat_template`, as one user message and the opening of the answer.
-    """
+    """Prompts -> ids as the tokenizer makes them by default (BOS where it adds one), without special tokens
+    that would close them; with `chat_template`, as one user message and the opening of the answer."""
     encoder = as_encoder(tokenizer)
     if not chat_template:
         return [ids[: len(ids) - encoder.closing] for ids in encoder.ids(prompts)] if prompts else []
+    wrong, fill = "chat_template: this model's", encoder.tokenizer.apply_chat_template
     if not encoder.tokenizer.chat_template:
-        raise UserError("chat_template: this model's tokenizer has no chat template; use chat_template=false")
-    fill = functools.partial(
-        encoder.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True
-    )
+        raise UserError(f"{wrong} tokenizer has no chat template; use chat_template=false")
+    turns = ([{"role": "user", "content": prompt}] for prompt in prompts)
     try:
-        texts = [fill([{"role": "user", "content": p}]) for p in prompts]
+        texts = [fill(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
     except Exception as e:  # a template is a program: it may fail in any way
-        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-        wrong = f"chat_template: this model's template fails ({reason}); use chat_template=false"
-        raise UserError(wrong) from None
+        raise UserError(f"{wrong} template fails ({cause(e)}); use chat_template=false") from None
     return encoder.ids(texts, special=False)
 
 
@@ -75,21 +68,16 @@ def spaced(target: str) -> str:
 
 
 def encode_pairs(
-    tokenizer: Any,
-    prompts: Sequence[str],
-    targets: Sequence[str],
-    *,
-    eos: int | None = None,
-    chat_template: bool = False,
-    max_length: int | None = None,
-    vocab_size: int | None = None,
-) -> Corpus:
+    tokenizer: Any, prompts: Sequence[str], targets: Sequence[str], *, eos: int | None = None,
+    chat_template: bool = False, max_length: int | None = None, vocab_size: int | None = None,
+) -> Corpus:  # fmt: skip
     """Training texts: prompt + " " + target (+ EOS), tokenized together as the reference does.
+    Raises UserError for a target or prompt without tokens, a text too long, or an id beyond `vocab_size`.
 
-    The target begins where the prompt's own tokens end. Where a merge crosses that boundary (the
-    prompt's ids are not a prefix of the text's) the reference would mask the wrong tokens; here
-    the prompt keeps its ids, so that what is trained is what generation will meet, and the case
-    is counted. With a chat template the answer follows the template without a space.
+    The target begins where the prompt's own tokens end. Where a merge crosses that boundary (the prompt's ids
+    are not a prefix of the text's) the reference would mask the wrong tokens; here the prompt keeps its ids,
+    so that what is trained is what generation will meet, and the case is counted. With a chat template the
+    answer follows the template without a space.
 
     Args:
         tokenizer: a Hugging Face fast tokenizer, or a `TextEncoder`.
@@ -99,10 +87,6 @@ def encode_pairs(
         chat_template: put the prompts into the tokenizer's template.
         max_length: of a text, in tokens.
         vocab_size: ids must be below it.
-
-    Raises:
-        UserError: for a target or prompt without tokens, a text longer than `max_length`, or an id beyond
-            `vocab_size`.
     """
     encoder = as_encoder(tokenizer)
     heads, merges = prompt_ids(encoder, prompts, chat_template), 0
@@ -118,29 +102,26 @@ def encode_pairs(
             else:
                 merges += 1
                 tails.append(_target_alone(encoder, head, targets[i], texts[i]))
-    parts, starts = [], []
+    parts = []
     for prompt, target, head, tail in zip(prompts, targets, heads, tails, strict=True):
         # What the vocabulary lacks may vanish, and leave the space before it.
         if not head or not tail or (len(tail) <= 2 and not encoder.tokenizer.decode(tail).strip()):
             what = "prompt" if not head else "target"
             raise UserError(f"data: the {what} of {prompt!r} -> {target!r} has no tokens in this vocabulary")
         parts.append([*head, *tail] + ([] if eos is None else [eos]))
-        starts.append(len(head))
-    corpus = corpus_from_lists(parts, starts, merges)
+    corpus = corpus_from_lists(parts, [*map(len, heads)], merges)
     check_texts(corpus, prompts, max_length, vocab_size)
     return corpus
 
 
 def check_prompts(
-    prompts: Sequence[str],
-    ids: Sequence[Sequence[int]],
-    max_length: int | None = None,
+    prompts: Sequence[str], ids: Sequence[Sequence[int]], max_length: int | None = None,
     vocab_size: int | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Raise UserError, as `encode_pairs` does, for prompts without a target."""
-    for prompt, own in zip(prompts, ids, strict=True):
-        if not own:
-            raise UserError(f"data: the prompt {prompt!r} has no tokens in this vocabulary")
+    if not all(ids):
+        empty = next(prompt for prompt, own in zip(prompts, ids, strict=True) if not own)
+        raise UserError(f"data: the prompt {empty!r} has no tokens in this vocabulary")
     check_texts(corpus_from_lists(ids, np.zeros(len(ids))), prompts, max_length, vocab_size)
 
 
@@ -148,28 +129,24 @@ def check_texts(
     corpus: Corpus, prompts: Sequence[str], max_length: int | None, vocab_size: int | None
 ) -> None:
     """Raise UserError for texts that the model has no room or no embedding for."""
-    begins = lambda i: f"the text that begins {prompts[i][:60]!r}"  # noqa: E731
+    begins = lambda i: f"in the text that begins {prompts[i][:60]!r}"  # noqa: E731
     if max_length is not None and (corpus.lengths > max_length).any():
         long = np.flatnonzero(corpus.lengths > max_length)
         more = f" ({len(long)} such texts in all)" if len(long) > 1 else ""
-        raise UserError(
-            f"data: {corpus.lengths[long[0]]} tokens in {begins(long[0])}{more}, "
-            f"the model's context holds {max_length}; shorten or drop it"
-        )
+        wrong = f"data: {corpus.lengths[long[0]]} tokens {begins(long[0])}{more}"
+        raise UserError(f"{wrong}, the model's context holds {max_length}; shorten or drop it")
     if vocab_size is not None and len(corpus.tokens) and corpus.tokens.max() >= vocab_size:
         at = int(np.argmax(corpus.tokens >= vocab_size))
         which = int(np.searchsorted(corpus.offsets, at, "right")) - 1
-        raise UserError(
-            f"model: its tokenizer gives id {corpus.tokens[at]} in {begins(which)}, but its vocab_size is "
-            f"{vocab_size}; put the tokenizer that belongs to these weights into the folder"
-        )
+        wrong = f"model: its tokenizer gives id {corpus.tokens[at]} {begins(which)}"
+        remedy = "put the tokenizer that belongs to these weights into the folder"
+        raise UserError(f"{wrong}, but its vocab_size is {vocab_size}; {remedy}")
 
 
 def _target_alone(encoder: TextEncoder, head: list[int], target: str, text: str) -> list[int]:
-    """Ids of the target by itself that continue `head` to the right text: with its space, or
-    without where the tokenizer puts one before every word (sentencepiece)."""
-    with_space, without = encoder.ids([spaced(target), target.lstrip(" ")], special=False)
-    decode = functools.partial(
-        encoder.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    return next((ids for ids in (with_space, without) if decode([*head, *ids]) == text), with_space)
+    """Ids of the target by itself that continue `head` to the right text: with its space, or without where
+    the tokenizer puts one before every word (sentencepiece)."""
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    found = encoder.ids([spaced(target), target.lstrip(" ")], special=False)
+    right = (ids for ids in found if encoder.tokenizer.decode([*head, *ids], **options) == text)
+    return next(right, found[0])
