@@ -3,7 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0"
+from locft_jax.version import __version__
+
 __all__ = ["CausalLM", "Config", "UserError", "__version__", "apply_delta", "edit", "evaluate", "load_model"]
 
 if TYPE_CHECKING:

@@ -52,7 +52,7 @@ def test_every_page_is_in_the_navigation():
 def test_the_version_is_the_same_everywhere():
     version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)[1]
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
-    assert f'__version__ = "{version}"' in (ROOT / "locft_jax" / "__init__.py").read_text()
+    assert f'__version__ = "{version}"' in (ROOT / "locft_jax" / "version.py").read_text()
     assert f"\n## {version}\n" in (ROOT / "CHANGELOG.md").read_text()
 
 

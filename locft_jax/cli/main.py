@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from locft_jax import __version__
 from locft_jax.config import OVERRIDES, check_keys, key_rows, known_key, unknown_key
 from locft_jax.errors import UserError, one_screen
+from locft_jax.version import __version__
 
 COMMANDS = {
     "edit": "edit facts into a model, and measure it before and after",

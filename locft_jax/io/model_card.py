@@ -18,10 +18,10 @@ import yaml
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from locft_jax import __version__
 from locft_jax.errors import printable
 from locft_jax.io.delta import Delta
 from locft_jax.io.hf_folder import HFFolder
+from locft_jax.version import __version__
 
 README = "README.md"
 BELOW = b"\n\n<!-- locft-jax: an edit of the model above -->\n\n"
