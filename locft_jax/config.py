@@ -176,8 +176,7 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 
 def resolve_layers(config: Config, num_layers: int) -> tuple[int, ...]:
-    """Tuned layers, ascending, from 0; without a `layer` relative depth 0.7, the paper's choice for
-    Llama-3-8B (22 of 32). Raises UserError for a layer that the model does not have."""
+    """Tuned layers, ascending; by default relative depth 0.7, as the paper (22 of 32). Raises UserError."""
     if config.layer is None:
         return (7 * num_layers // 10,)
     layers = (config.layer,) if isinstance(config.layer, int) else config.layer

@@ -34,14 +34,12 @@ def cause(error: BaseException, most: int = 200) -> str:
 
 
 def printable(text: object) -> str:
-    """Text for a terminal: what a user's file or a model wrote must not move the cursor or change
-    colours, so control and other invisible characters become spaces; lines stay."""
+    """Text for a terminal: invisible characters, which could move the cursor, become spaces; lines stay."""
     return "".join(c if c.isprintable() or c == "\n" else " " for c in str(text))
 
 
 def one_screen(text: object, rows: int = 22, width: int = 80) -> str:
-    """`printable` text of at most so many terminal rows. A long line keeps both ends, a long text its
-    first lines and the last, where the remedy stands."""
+    """`printable` text of so many rows: a long line keeps both ends, a long text first lines and the last."""
     most, end = width * (rows // 2), 4 * width
     lines = [
         line if len(line) <= most else f"{line[: most - end]} ... {line[5 - end :]}"

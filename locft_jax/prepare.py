@@ -107,8 +107,7 @@ class Prepared:
         return self.base.model or load_opened(self.folder, self.tokenizer, self.mesh, self.config.weights)
 
     def complete(self, model: Model) -> "Prepared":
-        """The same with the retained texts and prefixes that only the model can give. Raises UserError where
-        it writes too few different ones."""
+        """The same with the retained texts and prefixes that only the model can write. Raises UserError."""
         config, corpus, retained = self.config, self.corpus, self.retained
         if corpus is not None and config.augment_prefixes and config.augment_data is None:
             prefixes = written_prefixes(model, config)

@@ -43,7 +43,7 @@ def edit_report(
 ) -> dict[str, Any]:
     """The fields of report.json: rates 0-1, None where not measured."""
     config, data, outcome, questions = prepared.config, prepared.data, done.outcome, measured.questions
-    rates = {**measured.rates(measured.after), "locality_agreement": measured.agreement()}
+    after = {**measured.rates(measured.after), "locality_agreement": measured.agreement()}
     return {
         "model": config.model_name_or_path or model.folder.name,
         "site": {"tensors": list(prepared.site), "parameters": done.parameters},
@@ -54,7 +54,7 @@ def edit_report(
         "boundary_merges": prepared.corpus.boundary_merges if prepared.corpus else None,
         "epochs_run": len(outcome.epoch_losses), "steps_run": len(outcome.records),
         "stopped": outcome.stopped, "epoch_losses": outcome.epoch_losses,
-        "before": measured.rates(measured.before), "after": rates,
+        "before": measured.rates(measured.before), "after": after,
         "probes": counts(questions) if questions else {},
         "seconds": dict(seconds), "seconds_per_edit": done.seconds / len(data.requests),
         "tokens_per_second": sum(r.tokens for r in outcome.records) / done.seconds,

@@ -52,8 +52,7 @@ def base_digest(checkpoint: HFFolder, site: Sequence[str]) -> str:
 
 
 def finished(out: Path, run: Mapping[str, Any], store: Remote | None = None) -> bool:
-    """Whether `out`, or `store`, holds this run's results and nothing to resume from. Raises UserError where
-    they are those of another run."""
+    """Whether this run is there, finished. Raises UserError where the results are those of another run."""
     kept = store / "report.json" if store else None
     report = json.loads(kept.read()) if kept and kept.exists() else read_json(out / "report.json")
     if not isinstance(report, dict) or saved_something(out / "checkpoint"):

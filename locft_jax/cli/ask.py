@@ -51,8 +51,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read_prompts(given: Sequence[str]) -> list[str]:
-    """The prompts of the command line, or the lines of standard input. Raises UserError for none, an empty
-    one, or one that is not UTF-8."""
+    """The prompts of the command line, or the lines of standard input. Raises UserError for a bad one."""
     where, prompts = "prompt", list(given)
     if prompts in ([], ["-"]):
         if sys.stdin and sys.stdin.isatty():

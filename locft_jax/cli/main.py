@@ -60,8 +60,7 @@ class _HelpKeys(argparse.Action):
 
 
 def new_parser(name: str, doc: str | None, words: str = "") -> argparse.ArgumentParser:
-    """The parser of `locft NAME`. `words`: what its positional arguments are apart from overrides; "" for a
-    command without a config."""
+    """The parser of `locft NAME`. `words`: what stands beside its overrides; "": it has no config."""
     parser = argparse.ArgumentParser(prog=f"locft {name}".strip(), description=doc)
     parser.add_argument("--version", action="version", version=f"locft-jax {__version__}")
     if words:
@@ -72,8 +71,7 @@ def new_parser(name: str, doc: str | None, words: str = "") -> argparse.Argument
 
 
 def parse_words(parser: argparse.ArgumentParser, argv: Sequence[str] | None, text: bool = False) -> Any:
-    """The command line, with its overrides as `pairs` and its other words as `rest`. After `--` nothing is an
-    override, and with `text` only what has a known key is one. Raises UserError for an unknown key."""
+    """The command line: its overrides are `pairs`, all other words and those after `--` are `rest`."""
     head, tail = _halves(sys.argv[1:] if argv is None else argv)
     args = parser.parse_intermixed_args(head)
     args.pairs, args.rest = split_words(args.words, text)
@@ -103,10 +101,9 @@ def split_words(words: Sequence[str], text: bool = False) -> tuple[list[str], li
 
 
 def check_early(argv: Sequence[str], text: bool = False, config: bool = True) -> None:
-    """Raise UserError for what is wrong with overrides and with a `config` file, before anything slow is
-    imported. One of several processes says so later, to all of them."""
+    """Raise UserError for bad overrides and a bad `config` file, before anything slow is imported."""
     if os.environ.get("JAX_COORDINATOR_ADDRESS") or "--coordinator" in " ".join(argv):
-        return
+        return  # one of several processes says so later, to all of them
     head, _ = _halves(argv)
     values = {i + 1 for i, word in enumerate(head) if word.startswith("--") and "=" not in word}
     pairs, rest = split_words([w for i, w in enumerate(head) if i not in values and w[:1] != "-"], text)

@@ -164,9 +164,7 @@ def _request(case: str, fields: dict[str, Any], where: str) -> EditRequest:
 
 
 def _flatten(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    """`requested_rewrite` (an object in ROME's CounterFact, a list in MQuAKE) -> flat records. A rewrite is
-    {prompt with {}, subject, target_new {str}, target_true {str}}; so is a flat record with such a
-    target_new."""
+    """`requested_rewrite` (an object in CounterFact, a list in MQuAKE) or the record as flat records."""
     rewrites = record.get("requested_rewrite")
     if rewrites is None:
         return [_fill(record, where)] if isinstance(record.get("target_new"), dict) else [record]

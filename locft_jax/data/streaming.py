@@ -22,11 +22,9 @@ def to_record(request: EditRequest) -> dict[str, Any]:
     return {
         "case_id": request.case,
         **{name: getattr(request, name) for name in ("prompt", "target_new", "subject", "ground_truth")},
-        "rephrase_prompts": list(request.rephrases),
-        "locality_probes": pairs(request.locality),
-        "portability_probes": pairs(request.portability),
-        "batch": request.batch,
-    }
+        "rephrase_prompts": list(request.rephrases), "locality_probes": pairs(request.locality),
+        "portability_probes": pairs(request.portability), "batch": request.batch,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,10 +89,7 @@ def streaming_report(earlier: Earlier, batches: Sequence[Mapping[str, Any]], sta
     """report.json's `streaming`: what became of the earlier edits. `batches`: the report's own."""
     *sizes, new = (int(b["edits"]) for b in batches)
     return {
-        "continued_from": str(earlier.folder),
-        "start_from": start,
-        "earlier_edits": sum(sizes),
-        "new_edits": new,
-        "superseded": len(earlier.requests) - sum(sizes),
+        "continued_from": str(earlier.folder), "start_from": start,
+        "earlier_edits": sum(sizes), "new_edits": new, "superseded": len(earlier.requests) - sum(sizes),
         "curve": [*earlier.curve, [b["reliability"] for b in batches]],
-    }
+    }  # fmt: skip
