@@ -80,4 +80,5 @@ class Bar(tqdm):
         if not self.disable:
             self.set_postfix_str(note, refresh=False)
             self.update(count)
-            self.warm = self.warm or (self._time(), self.n)
+            if self.warm is None and count:
+                self.warm = self._time(), self.n

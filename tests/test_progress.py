@@ -60,6 +60,7 @@ def test_what_was_done_earlier_does_not_count_for_the_rate(clock, capsys):
 def test_a_slow_first_step_does_not_stay_in_what_is_left(clock, capsys):
     """The first step compiles."""
     with Bar("editing", 1000) as bar:
+        bar.advance(0)
         for seconds in [60.0, *[0.125] * 500]:
             clock.now += seconds
             bar.advance()
