@@ -142,8 +142,10 @@ def run_edit(
         mode = cache_mode(model, len(task.corpus.tokens), layer, config)
         source = cached_source(base, task.corpus, layer, mode, model.mesh, config.row_length)
     sides, lambdas = make_preconditioner(model, task.site, config, task.retained)
-    unedited = lambda: model.with_overrides(originals(model, task.site)).params  # noqa: E731
-    retain = retain_batches(unedited(), model.mesh, source, config, task.retained, agreed_budgets(config))
+    # Original values are read again only for the divergence, and nothing holds them during the loop.
+    unedited = lambda: model.with_overrides(originals(model, task.site)) if config.preserve_kl else model  # noqa: E731
+    given = source, config, task.retained, agreed_budgets(config)
+    retain = retain_batches(unedited().params, model.mesh, *given)
 
     def exported(state: EditState) -> dict[str, np.ndarray]:
         return to_checkpoint_dtype(model.folder, materialize(state.theta, base.overrides))
