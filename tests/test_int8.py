@@ -13,6 +13,7 @@ from locft_jax.cli.command import run_command
 from locft_jax.cli.edit import main as edit_command
 from locft_jax.cli.evaluate import main as evaluate_command
 from locft_jax.data.requests import read_requests
+from locft_jax.editing import run as run_module
 from locft_jax.editing.hooks import Progress
 from locft_jax.io.delta import BASE
 from locft_jax.io.hf_load import originals
@@ -104,7 +105,16 @@ def test_edits_that_the_model_carries_stay(model, data):
     }
 
 
-def test_preserve_and_the_prefix_cache_on_disk(model, data):
+def test_original_values_are_read_once_and_again_for_the_divergence(model, data, monkeypatch):
+    reads = []
+    monkeypatch.setattr(run_module, "originals", lambda *given: reads.append(given) or originals(*given))
+    for kl, count in ((0, 1), (1, 2)):
+        reads.clear()
+        edit(model, data, Config(layer=2, num_epochs=1, preserve_kl=kl, evaluate=False))
+        assert len(reads) == count
+
+
+def test_preserve_and_the_activation_cache_on_disk(model, data):
     config = {"layer": 2, "num_steps": 2, "lr": 1e-2, "preserve": "kfac", "preserve_kl": 1, "evaluate": False}
     on_disk, off = (edit(model, data, Config(**config, prefix_cache=mode)) for mode in ("disk", "off"))
     assert (on_disk.report["activation_cache"], off.report["activation_cache"]) == ("disk", "off")
