@@ -108,7 +108,7 @@ def test_without_further_texts_a_corpus_is_its_examples():
 
 def test_an_edit_counts_edits_and_not_texts(model, requests):
     config = Config(
-        num_steps=2, batch_size=4, augment_prefixes=2, augment_rephrases=1, layer=1, eval_sample=4
+        num_steps=2, batch_size=4, augment_prefixes=2, augment_rephrases=1, layer=1, evaluate=False
     )
     result = edit(model, requests, config)
     assert sum(s["examples"] for s in result.steps) == 2 * len(requests)
