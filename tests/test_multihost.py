@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -168,7 +169,7 @@ def test_the_first_process_alone_writes_and_prints(pair, folder):
     assert pair.said(0)[0].count("written to ") == 4
     lines = "".join(pair.said(1)).splitlines()
     # XLA itself says who is connected (threads may share a line), and warns (W1125 12:46:54 ...).
-    ours = [line for line in lines if line and not re.search(r"^W\d{4} |connected to|^\[Gloo\]", line)]
+    ours = [line for line in lines if line and not re.search(r"^W\d{4} |connected |^\[Gloo\]", line)]
     assert not ours, ours
 
 
@@ -184,7 +185,7 @@ def test_an_evaluation_in_int8_in_two_processes(pair, folder, tiny_model_dir, ed
 
 @pytest.mark.parametrize(("name", "lines"), [("locate", "sites"), ("sweep", "runs")])
 def test_two_processes_compare_as_one_does(pair, folder, edit_arguments, name, lines):
-    command, found = importlib.import_module(f"locft_jax.{name}"), {}
+    command, found = importlib.import_module(f"locft_jax.cli.{name}"), {}
     one = folder / f"one-{name}"
     alone = compared(edit_arguments, one, name, folder, "{data: 1, model: 1}")
     assert run_command(command.main, alone) == 0
@@ -248,7 +249,8 @@ def test_a_dead_process_ends_the_other(folder, edit_arguments, how):
         status, message = first.wait(), run.said(0)[1]
         assert time.monotonic() - begin < 60  # what users are promised, not a measure of this machine
     finally:
-        os.kill(second.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(second.pid, signal.SIGKILL)
         first.wait(1)
     if status == 1:
         assert f"failed: {distributed.LOST}" in message and "Traceback" not in message, message

@@ -33,7 +33,8 @@ def here(torch, monkeypatch, capsys) -> Callable[..., dict]:
         monkeypatch.setattr(sys, "argv", [name, *arguments, "--small"])
         monkeypatch.syspath_prepend(str(BENCHMARKS))
         runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
+        lines = capsys.readouterr().out.splitlines()
+        return json.loads(lines[-1]) if lines else {}
 
     return run
 

@@ -327,7 +327,7 @@ def files_of_at_most(size: int):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-@pytest.mark.parametrize(("export", "size"), [("hf", 100_000), ("orbax", 20_000), ("delta", 3_000)])
+@pytest.mark.parametrize(("export", "size"), [("hf", 100_000), ("orbax", 20_000), ("delta", 10_000)])
 def test_a_disk_that_is_full(edit_arguments, tmp_path, undisturbed, capfd, export, size):
     """In the export of one kind or another; with less room the checkpoints fail too."""
     settings = {**SHORT, "export": export}

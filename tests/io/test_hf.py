@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from locft_jax.errors import UserError
 from locft_jax.io import hf_folder, hf_load, hf_save
-from locft_jax.model import decoder, model
+from locft_jax.model import decoder
 from locft_jax.model.sharding import make_mesh
 from locft_jax.model.weights import Params, take_tensor, weight_table
 from locft_jax.run_identity import base_digest
@@ -85,8 +85,7 @@ def test_load_model_converts_and_shards_on_request(tiny_model_dir):
 
 def test_all_ids_that_end_an_answer_count(folder):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 0]}))
-    checkpoint = hf_folder.open_folder(str(folder))
-    assert model.with_eos(checkpoint, hf_load.load_tokenizer(checkpoint)) == (0, 5)
+    assert hf_load.load_model(str(folder), mesh={"data": 1, "model": 1}).eos == (0, 5)
 
 
 # ---------------------------------------------------------------- refusals, before weights are read
