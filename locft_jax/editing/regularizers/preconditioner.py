@@ -153,7 +153,7 @@ def cached_moments(
         for old in [p for p, total in zip(files[1:], sizes[1:], strict=True) if total > CACHE]:
             old.unlink(missing_ok=True)
     except OSError as e:
-        log.warning(f"second moments cannot be kept in {path.parent} ({reason(e)})")
+        log.warning(f"second moments could not be kept in {path.parent} ({reason(e)})")
     return found
 
 
