@@ -22,7 +22,7 @@ class Terminal(logging.Handler):
         if library != log.name:
             if record.levelno < logging.ERROR and library != "jax":
                 return
-            text = f"{library}: {text.splitlines()[0] if text else ''}"
+            text = f"{library}: {text.splitlines()[0][:200] if text else ''}"
         mark = "note: " if record.levelno == logging.WARNING else ""
         print(f"{mark}{printable(text)}", file=sys.stderr, flush=True)
 
