@@ -16,6 +16,7 @@ from locft_jax.data.records import digest
 from locft_jax.data.requests import EditData, read_requests
 from locft_jax.data.tokenize import TextEncoder
 from locft_jax.editing.augment import prefix_texts, written_prefixes
+from locft_jax.editing.hooks import check_reporters
 from locft_jax.editing.regularizers.preconditioner import check_preserve
 from locft_jax.editing.regularizers.texts import encode_retained, retained_texts, sample_model, unused
 from locft_jax.editing.run import check_fit, choose_site, encode_requests
@@ -161,6 +162,7 @@ def prepare(
         sites: which tensors are edited: `config_site`, `no_site`, or a study's own choice.
     """
     opened, own = opened or Opened(), probes is None
+    check_reporters(config.report_to)
     if data is None:
         if config.data_path is None and own:
             raise UserError("data_path: no edits given; set data_path to a file (JSON, JSONL or CSV)")

@@ -7,10 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from locft_jax import UserError, load_model, prepare
+from locft_jax import Config, UserError, load_model, prepare
 from locft_jax.cli.edit import main as edit
 from locft_jax.data.requests import read_requests
 from locft_jax.data.tokenize import TextEncoder
+from locft_jax.editing import hooks
 from locft_jax.evaluation.probes import Probe
 from locft_jax.io import hf_load
 from locft_jax.prepare import Base, Opened, no_site
@@ -154,3 +155,9 @@ def test_what_is_wrong_is_said_before_weights_load(config, monkeypatch, changes,
     with pytest.raises(UserError) as error:
         prepare.prepare(dataclasses.replace(config, **changes))
     assert says in str(error.value)
+
+
+def test_a_reporter_that_is_not_installed_is_refused_before_weights_load(monkeypatch):
+    monkeypatch.setattr(hooks, "REPORTERS", {"wandb": "no_such_package"})
+    with pytest.raises(UserError, match="wandb needs a package: pip install no_such_package"):
+        prepare.prepare(Config(model_name_or_path="nowhere", report_to="wandb"))

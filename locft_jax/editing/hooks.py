@@ -2,6 +2,7 @@
 (checkpointer.py). A hook of one's own overrides what it needs of `Hook`."""
 
 import dataclasses
+import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 
 from locft_jax.editing.step import EditState
+from locft_jax.errors import UserError
 from locft_jax.logs import Bar
 
 
@@ -58,6 +60,16 @@ class Progress(Hook):
     def on_step(self, record: StepRecord) -> None:
         where, rate = f"{self.round_name} {record.epoch + 1}", self.bar.rate() * self.edits_per_step
         self.bar.advance(1, f"{where}, loss {record.loss:.4f}, {rate:.0f} edits/s")
+
+
+REPORTERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # what `report_to` names -> its package
+
+
+def check_reporters(report_to: Sequence[str]) -> None:
+    """Raise UserError where a package that `report_to` needs is not installed."""
+    for name in report_to:
+        if importlib.util.find_spec(REPORTERS[name]) is None:
+            raise UserError(f"report_to: {name} needs a package: pip install {REPORTERS[name]}")
 
 
 class Metrics(Hook):
