@@ -201,7 +201,6 @@ def events(folder):
 
 
 def test_metrics_of_every_step_can_be_read_as_tensorboards(run, tmp_path):
-    pytest.importorskip("tensorboardX")
     run([Metrics("tensorboard", tmp_path / "logs")], [3.0, 2.0, 1.0, 0.05])
     found = events(tmp_path / "logs")
     assert found.keys() == {f"edit/{name}" for name in ("loss", "epoch", "skipped", "tokens_per_second")}
