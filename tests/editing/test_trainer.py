@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from locft_jax.data.packing import Shape, corpus_from_lists, pack
+from locft_jax.editing import trainer
 from locft_jax.editing.hooks import Hook, StepRecord
 from locft_jax.editing.site import find_site, read_site
 from locft_jax.editing.step import Hyper, init_state, train_step
@@ -215,6 +216,16 @@ DEPTH = Schedule(8, 20, 0, "example", 32, Hyper(3e-2, 0.0, 0.5), "depth")
 @functools.cache
 def deep(mesh_shape=ONE):
     return edit("device", DEPTH, mesh_shape)
+
+
+def test_an_epoch_ends_the_run_by_its_mean_and_not_by_its_last_batch(monkeypatch):
+    """Losses by batch of 8, 8 and 7 edits: the last one of the first epoch alone is below the floor."""
+    losses = iter([1.0, 1.0, 0.001, 0.001, 0.02, 0.001])
+    monkeypatch.setattr(trainer, "train_step", lambda hyper, state, *rest: (state, jnp.float32(next(losses))))
+    job, state = begin("device", SCHEDULE, ONE)
+    out = train(job, state)
+    assert (len(out.records), out.stopped) == (6, "loss_floor")
+    assert out.epoch_losses == pytest.approx([(8 + 8 + 0.007) / 23, (0.008 + 0.16 + 0.007) / 23])
 
 
 def test_depth_first_ends_each_mini_batch_in_turn():
